@@ -1,0 +1,54 @@
+"""Where file contents live: a store of immutable objects.
+
+A key is written once and never overwritten; whoever writes it a second time writes the same bytes. Keys are relative
+paths of the characters ``a-z 0-9 . _ - /``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+
+class ObjectInfo(msgspec.Struct, frozen=True):
+    key: str
+    size: int
+
+
+class ObjectStore(Protocol):
+    """Failures are ``OSError``: ENOENT for a missing key, ENOSPC, EIO … as the store reports them."""
+
+    async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Write one object from its parts, in order. Returns once the object is durable. After a failure or a crash the
+        key holds all of the object or does not exist."""
+        ...
+
+    async def adopt(self, key: str, path: str) -> bool:
+        """Make the local file ``path`` the object without copying it, when the store can (a hard link); the caller never
+        changes that file's bytes again. False when it cannot: the caller then uses ``put``."""
+        ...
+
+    async def get(self, key: str, offset: int, length: int) -> bytes:
+        """Exactly ``length`` bytes at ``offset``. EIO when the object is shorter."""
+        ...
+
+    def get_now(self, key: str, offset: int, length: int) -> bytes | memoryview | None:
+        """As ``get`` where the bytes can be had without waiting (a cached local file), else None. Never blocks."""
+        ...
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects; a key that does not exist is no error."""
+        ...
+
+    def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """All objects whose keys start with ``prefix``, in no particular order."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def segment_key(segment: int) -> str:
+    """The key of a segment's object; 256 consecutive segments share a prefix."""
+    return f"segments/{segment >> 8:x}/{segment:x}"

@@ -1,0 +1,74 @@
+"""Reading and writing local files: whole transfers, reads that never wait, and durable directory entries."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+
+_IOV_MAX = 1024
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Write all of ``data`` at ``offset``. An OSError leaves what had been written by then."""
+    written = os.pwrite(fd, data, offset)
+    if written == len(data):
+        return
+    rest = memoryview(data)[written:]
+    while rest:
+        if written == 0:
+            raise OSError(errno.EIO, "a write to a local file made no progress")
+        offset += written
+        written = os.pwrite(fd, rest, offset)
+        rest = rest[written:]
+
+
+def write_parts(fd: int, parts: Sequence[bytes | bytearray | memoryview]) -> int:
+    """Write the parts one after another from offset 0; returns their total length."""
+    offset = 0
+    for first in range(0, len(parts), _IOV_MAX):
+        group = parts[first : first + _IOV_MAX]
+        total = sum(map(len, group))
+        written = os.pwritev(fd, group, offset)
+        if written != total:
+            position = offset
+            for part in group:
+                write_all(fd, part, position)
+                position += len(part)
+        offset += total
+    return offset
+
+
+def read_cached(fd: int, offset: int, length: int) -> memoryview | None:
+    """Exactly ``length`` bytes when the page cache has them all, else None. Never blocks (preadv2, RWF_NOWAIT)."""
+    buffer = bytearray(length)
+    try:
+        if os.preadv(fd, [buffer], offset, os.RWF_NOWAIT) == length:
+            return memoryview(buffer)
+    except OSError as error:
+        # EOPNOTSUPP: this file system has no reads without waiting (some have it only since recent kernels).
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+    return None
+
+
+def read_available(fd: int, offset: int, length: int) -> bytes:
+    """Up to ``length`` bytes, fewer only at the end of the file. Blocks."""
+    data = os.pread(fd, length, offset)
+    if len(data) < length and data:
+        parts = [data]
+        got = len(data)
+        while got < length and (more := os.pread(fd, length - got, offset + got)):
+            parts.append(more)
+            got += len(more)
+        data = b"".join(parts)
+    return data
+
+
+def sync_directory(path: str) -> None:
+    """Make the entries of a directory durable: names made, renamed and removed in it. Blocks."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,37 @@
+/* System calls whose failure is an ordinary answer here: they return -errno and raise no Python exception. */
+
+static long rawfuse_read(int fd, void *buffer, size_t size)
+{
+    ssize_t n = read(fd, buffer, size);
+    return n < 0 ? -errno : n;
+}
+
+static long rawfuse_write(int fd, const void *buffer, size_t size)
+{
+    ssize_t n = write(fd, buffer, size);
+    return n < 0 ? -errno : n;
+}
+
+static int rawfuse_mount(const char *source, const char *target, const char *type, unsigned long flags,
+                         const char *data)
+{
+    return mount(source, target, type, flags, data) < 0 ? -errno : 0;
+}
+
+static int rawfuse_umount(const char *target, int flags)
+{
+    return umount2(target, flags) < 0 ? -errno : 0;
+}
+
+static void rawfuse_wake_up(int signal)
+{
+    (void)signal;
+}
+
+/* Make a blocking system call of a thread return EINTR. SIGURG is ignored by default, so a handler is needed. */
+static int rawfuse_interrupt(unsigned long thread)
+{
+    struct sigaction action = {.sa_handler = rawfuse_wake_up};
+    sigaction(SIGURG, &action, NULL);
+    return pthread_kill((pthread_t)thread, SIGURG);
+}

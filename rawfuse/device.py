@@ -1,0 +1,74 @@
+"""``/dev/fuse``: the descriptor, and system calls on it that return ``-errno`` where failing is ordinary."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+
+from rawfuse._kernel import ffi, lib
+from rawfuse.abi import DEV_IOC_SYNC_INIT
+from rawfuse.errors import FuseError
+from rawfuse.negotiate import PAGE
+from rawfuse.wire import Codec
+
+PATH = "/dev/fuse"
+_WRITE_PAYLOAD = Codec("fuse_in_header").size + Codec("fuse_write_in").size
+
+
+class RequestBuffer:
+    """Memory for one request, placed so that the payload of a WRITE begins on a page."""
+
+    __slots__ = ("_memory", "pointer", "size", "view")
+
+    def __init__(self, size: int) -> None:
+        lead = PAGE - _WRITE_PAYLOAD
+        self._memory = mmap.mmap(-1, lead + size)
+        self.view = memoryview(self._memory)[lead:]
+        self.pointer = ffi.cast("char *", ffi.from_buffer(self._memory)) + lead
+        self.size = size
+
+
+class Device:
+    """An open FUSE device; the connection lives as long as any descriptor of it does."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        os.set_blocking(fd, False)
+
+    @classmethod
+    def open(cls) -> Device:
+        """ENOENT or EACCES with a text that says what to do."""
+        try:
+            return cls(os.open(PATH, os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError as error:
+            raise FuseError(errno.ENOENT, f"{PATH} does not exist: load the kernel module (modprobe fuse)") from error
+        except PermissionError as error:
+            raise FuseError(errno.EACCES, f"no permission to open {PATH}: ask for mode 0666 or run as root") from error
+        except OSError as error:
+            raise FuseError(error.errno or errno.EIO, f"cannot open {PATH}: {error.strerror}") from error
+
+    def synchronous_init(self) -> bool:
+        """Make mount(2) wait for INIT (Linux 6.18); False on a kernel that cannot."""
+        try:
+            fcntl.ioctl(self.fd, DEV_IOC_SYNC_INIT)
+        except OSError:
+            return False
+        return True
+
+    def read(self, buffer: RequestBuffer) -> int:
+        """One request; its length, or ``-errno``: EAGAIN nothing there, ENODEV unmounted, ECONNABORTED aborted."""
+        return int(lib.rawfuse_read(self.fd, buffer.pointer, buffer.size))
+
+    def write(self, message: bytes | list[bytes | bytearray | memoryview]) -> int:
+        """One reply; its length, or ``-errno``: ENOENT when the request is gone."""
+        if isinstance(message, bytes):
+            return int(lib.rawfuse_write(self.fd, message, len(message)))
+        try:
+            return os.writev(self.fd, message)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+    def close(self) -> None:
+        os.close(self.fd)

@@ -1,0 +1,228 @@
+"""INIT: what is asked for, what each feature needs, and what was agreed.
+
+A feature that the library does not serve is never agreed to, because the kernel would then change the wire format or
+leave work to us that nobody does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from rawfuse.abi import KERNEL_MAJOR, KERNEL_MINOR, OLDEST_MINOR, InitFlag, Opcode
+from rawfuse.errors import FuseError
+from rawfuse.filesystem import FileSystem
+from rawfuse.ops import Init
+from rawfuse.wire import Codec
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+_INIT_OUT = Codec("fuse_init_out")
+_PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
+_DEFAULT_PAGES_LIMIT = 256
+_MASK32 = 0xFFFFFFFF
+
+
+class Feature(NamedTuple):
+    """``served``: the library can keep what the flag promises. ``needs``: opcodes that the file system must implement;
+    ``requires`` and ``excludes``: other flags."""
+
+    served: bool
+    needs: tuple[Opcode, ...] = ()
+    requires: InitFlag = InitFlag(0)
+    excludes: InitFlag = InitFlag(0)
+
+
+_ON = Feature(True)
+_OFF = Feature(False)
+_F = InitFlag
+
+FEATURES: dict[InitFlag, Feature] = {
+    _F.ASYNC_READ: _ON,
+    _F.POSIX_LOCKS: Feature(True, (Opcode.GETLK, Opcode.SETLK, Opcode.SETLKW)),
+    _F.FILE_OPS: _OFF,
+    # Without OPEN the kernel would truncate its own idea of the file and tell nobody (file.c: fuse_open).
+    _F.ATOMIC_O_TRUNC: Feature(True, (Opcode.OPEN,)),
+    _F.EXPORT_SUPPORT: Feature(True, (Opcode.LOOKUP,)),
+    _F.BIG_WRITES: _ON,
+    _F.DONT_MASK: _ON,
+    _F.SPLICE_WRITE: _OFF,
+    _F.SPLICE_MOVE: _OFF,
+    _F.SPLICE_READ: _OFF,
+    _F.FLOCK_LOCKS: Feature(True, (Opcode.SETLK, Opcode.SETLKW)),
+    _F.HAS_IOCTL_DIR: _ON,
+    _F.AUTO_INVAL_DATA: _ON,
+    _F.DO_READDIRPLUS: Feature(True, (Opcode.READDIRPLUS,)),
+    _F.READDIRPLUS_AUTO: Feature(True, (Opcode.READDIR, Opcode.READDIRPLUS), requires=_F.DO_READDIRPLUS),
+    _F.ASYNC_DIO: _ON,
+    _F.WRITEBACK_CACHE: Feature(True, excludes=_F.PASSTHROUGH),
+    _F.NO_OPEN_SUPPORT: _ON,
+    _F.PARALLEL_DIROPS: _ON,
+    _F.HANDLE_KILLPRIV: Feature(True, excludes=_F.HANDLE_KILLPRIV_V2),
+    _F.POSIX_ACL: Feature(True, (Opcode.GETXATTR, Opcode.SETXATTR)),
+    _F.ABORT_ERROR: _ON,
+    _F.MAX_PAGES: _ON,
+    _F.CACHE_SYMLINKS: Feature(True, (Opcode.READLINK,)),
+    _F.NO_OPENDIR_SUPPORT: _ON,
+    _F.EXPLICIT_INVAL_DATA: Feature(True, excludes=_F.AUTO_INVAL_DATA),
+    _F.MAP_ALIGNMENT: _OFF,
+    _F.SUBMOUNTS: _OFF,
+    _F.HANDLE_KILLPRIV_V2: _ON,
+    _F.SETXATTR_EXT: _ON,
+    _F.INIT_EXT: _ON,
+    _F.INIT_RESERVED: _OFF,
+    _F.SECURITY_CTX: _ON,
+    _F.HAS_INODE_DAX: _OFF,
+    _F.CREATE_SUPP_GROUP: _ON,
+    _F.HAS_EXPIRE_ONLY: _ON,
+    _F.DIRECT_IO_ALLOW_MMAP: _ON,
+    _F.PASSTHROUGH: _OFF,
+    _F.NO_EXPORT_SUPPORT: _ON,
+    _F.HAS_RESEND: _ON,
+    _F.ALLOW_IDMAP: _ON,
+    _F.OVER_IO_URING: _OFF,
+    _F.REQUEST_TIMEOUT: _ON,
+}
+
+DEFAULT = (
+    _F.ASYNC_READ
+    | _F.POSIX_LOCKS
+    | _F.FLOCK_LOCKS
+    | _F.ATOMIC_O_TRUNC
+    | _F.BIG_WRITES
+    | _F.HAS_IOCTL_DIR
+    | _F.AUTO_INVAL_DATA
+    | _F.DO_READDIRPLUS
+    | _F.READDIRPLUS_AUTO
+    | _F.ASYNC_DIO
+    | _F.NO_OPEN_SUPPORT
+    | _F.NO_OPENDIR_SUPPORT
+    | _F.PARALLEL_DIROPS
+    | _F.ABORT_ERROR
+    | _F.MAX_PAGES
+    | _F.SETXATTR_EXT
+    | _F.INIT_EXT
+    | _F.HAS_EXPIRE_ONLY
+    | _F.DIRECT_IO_ALLOW_MMAP
+    | _F.HAS_RESEND
+)
+"""Asked for wherever the kernel offers it and the file system implements what it needs."""
+
+_NONE = InitFlag(0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a mount asks of the kernel. Sizes are bytes."""
+
+    max_write: int = 1 << 20
+    """Largest WRITE, and, in pages, largest READ; clamped to the sysctl fs.fuse.max_pages_limit."""
+    max_readahead: int = 1 << 20
+    max_background: int = 64
+    congestion_threshold: int = 48
+    request_timeout: int = 0
+    """Seconds after which the kernel aborts the connection when a request has no reply; 0: never."""
+    refuse: InitFlag = _NONE
+    """Features to leave out although they are wanted."""
+
+
+@dataclass
+class Agreement:
+    """The outcome of INIT. ``refused`` says of each wanted feature that is off, why."""
+
+    minor: int
+    flags: InitFlag
+    max_write: int
+    max_pages: int
+    max_readahead: int
+    refused: dict[InitFlag, str] = field(default_factory=dict)
+
+    @property
+    def buffer_size(self) -> int:
+        """What a read of ``/dev/fuse`` must offer (dev.c: fuse_dev_do_read)."""
+        return PAGE + self.max_write
+
+
+def page_limit() -> int:
+    """Most pages in one request on this host."""
+    try:
+        return int(_PAGES_LIMIT.read_text())
+    except (OSError, ValueError):
+        return _DEFAULT_PAGES_LIMIT
+
+
+def negotiate(init: Init, filesystem: FileSystem, settings: Settings) -> Agreement:
+    """Agree on what the kernel offers. EPROTO for a kernel that speaks less than 7.31."""
+    if init.major < KERNEL_MAJOR or (init.major == KERNEL_MAJOR and init.minor < OLDEST_MINOR):
+        raise FuseError(
+            errno.EPROTO, f"the kernel speaks FUSE {init.major}.{init.minor}; 7.{OLDEST_MINOR} (Linux 5.2) is needed"
+        )
+    offered = InitFlag(init.flags & (1 << 43) - 1)
+    agreed = InitFlag(0)
+    refused: dict[InitFlag, str] = {}
+    wanted = (DEFAULT | filesystem.features) & ~settings.refuse
+    if settings.request_timeout:
+        wanted |= InitFlag.REQUEST_TIMEOUT
+    for flag, feature in FEATURES.items():
+        if not flag & wanted:
+            continue
+        why = _objection(flag, feature, offered, wanted, filesystem)
+        if why:
+            refused[flag] = why
+        else:
+            agreed |= flag
+    pages = 32
+    if agreed & InitFlag.MAX_PAGES:
+        pages = max(1, min(-(-settings.max_write // PAGE), page_limit()))
+    return Agreement(
+        minor=min(KERNEL_MINOR, init.minor),
+        flags=agreed,
+        max_write=max(PAGE, min(settings.max_write, pages * PAGE)),
+        max_pages=pages,
+        max_readahead=min(settings.max_readahead, max(init.max_readahead, pages * PAGE)),
+        refused=refused,
+    )
+
+
+def _objection(
+    flag: InitFlag, feature: Feature, offered: InitFlag, wanted: InitFlag, filesystem: FileSystem
+) -> str | None:
+    if not feature.served:
+        return "rawfuse does not serve it"
+    if not flag & offered:
+        return "the kernel does not offer it"
+    missing = [opcode.name for opcode in feature.needs if not filesystem.implements(opcode)]
+    if missing:
+        return f"the file system does not implement {', '.join(missing)}"
+    if feature.requires & ~(wanted & offered):
+        return f"it needs {(feature.requires & ~(wanted & offered)).name}"
+    if feature.excludes & wanted:
+        return f"it excludes {(feature.excludes & wanted).name}"
+    return None
+
+
+def encode_init(agreement: Agreement, settings: Settings) -> bytes:
+    """The body of the INIT reply."""
+    flags = int(agreement.flags)
+    return _INIT_OUT.pack(
+        KERNEL_MAJOR,
+        agreement.minor,
+        agreement.max_readahead,
+        flags & _MASK32,
+        settings.max_background,
+        settings.congestion_threshold,
+        agreement.max_write,
+        1,
+        agreement.max_pages if agreement.flags & InitFlag.MAX_PAGES else 0,
+        0,
+        flags >> 32,
+        0,
+        settings.request_timeout,
+    )
+
+
+def encode_old_major() -> bytes:
+    """The answer to a kernel of a newer major version: ours alone; it sends INIT again."""
+    return _INIT_OUT.pack(KERNEL_MAJOR, KERNEL_MINOR, *(0,) * 11)
