@@ -16,11 +16,13 @@ _INCLUDES = """
 #include <signal.h>
 #include <stdint.h>
 #include <sys/mount.h>
+#include <time.h>
 #include <unistd.h>
 """
 
 _SIGNATURES = """
 long rawfuse_read(int fd, void *buffer, size_t size);
+long rawfuse_read_soon(int fd, void *buffer, size_t size, long nanoseconds);
 long rawfuse_write(int fd, const void *buffer, size_t size);
 int rawfuse_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
 int rawfuse_umount(const char *target, int flags);

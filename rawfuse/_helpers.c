@@ -35,3 +35,20 @@ static int rawfuse_interrupt(unsigned long thread)
     sigaction(SIGURG, &action, NULL);
     return pthread_kill((pthread_t)thread, SIGURG);
 }
+
+/* As rawfuse_read on a non-blocking descriptor, but looks again for up to `nanoseconds` before it returns -EAGAIN. */
+static long rawfuse_read_soon(int fd, void *buffer, size_t size, long nanoseconds)
+{
+    struct timespec start, now;
+    ssize_t n = read(fd, buffer, size);
+    if (n >= 0 || errno != EAGAIN)
+        return n < 0 ? -errno : n;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    do {
+        n = read(fd, buffer, size);
+        if (n >= 0 || errno != EAGAIN)
+            return n < 0 ? -errno : n;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+    } while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < nanoseconds);
+    return -EAGAIN;
+}

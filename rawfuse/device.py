@@ -61,6 +61,10 @@ class Device:
         """One request; its length, or ``-errno``: EAGAIN nothing there, ENODEV unmounted, ECONNABORTED aborted."""
         return int(lib.rawfuse_read(self.fd, buffer.pointer, buffer.size))
 
+    def read_soon(self, buffer: RequestBuffer, nanoseconds: int) -> int:
+        """As ``read``, but keeps looking for up to ``nanoseconds`` before it returns ``-EAGAIN``."""
+        return int(lib.rawfuse_read_soon(self.fd, buffer.pointer, buffer.size, nanoseconds))
+
     def write(self, message: bytes | list[bytes | bytearray | memoryview]) -> int:
         """One reply; its length, or ``-errno``: ENOENT when the request is gone."""
         if isinstance(message, bytes):

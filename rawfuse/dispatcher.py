@@ -13,6 +13,7 @@ import errno
 import logging
 from asyncio import tasks
 from collections.abc import Callable, Coroutine
+from time import perf_counter_ns
 from typing import Any
 
 from rawfuse import ops
@@ -21,6 +22,7 @@ from rawfuse.device import Device, RequestBuffer
 from rawfuse.errors import MAX_ERRNO, ProtocolError
 from rawfuse.filesystem import FileSystem
 from rawfuse.negotiate import Agreement
+from rawfuse.notify import Notifier
 from rawfuse.table import SET_XATTR_COMPAT, TABLE, Decoder, Encoder, Message
 from rawfuse.trace import Trace
 from rawfuse.wire import OUT_HEADER, InMessage
@@ -181,7 +183,9 @@ class Dispatcher:
         filesystem: FileSystem,
         agreement: Agreement,
         loop: asyncio.AbstractEventLoop,
+        notifier: Notifier | None = None,
         trace: Trace | None = None,
+        busy_poll: int = 0,
     ) -> None:
         self._device = device
         self._write = device.write
@@ -190,6 +194,8 @@ class Dispatcher:
         self._trace = trace
         self._rows = _rows(filesystem, agreement)
         self._rows[Opcode.INTERRUPT].handler = self._interrupt
+        if notifier is not None:
+            self._rows[Opcode.NOTIFY_REPLY].handler = _deliver_to(notifier)
         self._buffer_size = agreement.buffer_size
         self._buffer = RequestBuffer(self._buffer_size)
         self._message = InMessage(self._buffer.view)
@@ -198,6 +204,8 @@ class Dispatcher:
         self._spare = Running(self, loop)
         self._running: dict[int, Running] = {}
         self._reading = False
+        self._busy_poll = self._patience = busy_poll
+        self._slept = 0
         self._idle: asyncio.Future[None] | None = None
         self.ended: asyncio.Future[int] = loop.create_future()
 
@@ -213,14 +221,21 @@ class Dispatcher:
             self._loop.remove_reader(self._device.fd)
 
     def _on_readable(self) -> None:
-        read, serve = self._device.read, self._serve
+        read_soon, serve, running = self._device.read_soon, self._serve, self._running
+        if self._patience < self._busy_poll and perf_counter_ns() - self._slept < self._busy_poll:
+            # Had we looked a little longer, we need not have slept.
+            self._patience = self._busy_poll
         for _ in range(BURST):
-            length = read(self._buffer)
+            # Whatever a waiting handler waits for needs the event loop, so then there is no time to look twice.
+            length = read_soon(self._buffer, 0 if running else self._patience)
             if length > 0:
                 serve(length)
                 if not self._reading:
                     return
             elif length == _AGAIN:
+                if not running:
+                    self._patience >>= 1
+                self._slept = perf_counter_ns()
                 return
             elif length not in _RETRY:
                 self.end(-length)
@@ -262,7 +277,8 @@ class Dispatcher:
             self._trace.request(row.opcode, op, replied=row.encode is not None)
         handler = row.handler
         if handler is None:
-            self._fail(op.unique, row.error)
+            if row.encode is not None:
+                self._fail(op.unique, row.error)
             return
         running = self._spare
         running.row, running.op = row, op
@@ -421,6 +437,13 @@ def _rows(filesystem: FileSystem, agreement: Agreement) -> dict[int, Row]:
 
 _BUILT_IN = ("stat_fs", "forget_inode", "batch_forget", "destroy")
 """Methods whose default in ``FileSystem`` is an answer."""
+
+
+def _deliver_to(notifier: Notifier) -> Handler:
+    async def deliver(op: ops.NotifyReply) -> None:
+        notifier.retrieved(op)
+
+    return deliver
 
 
 async def _done(op: ops.Op) -> None:

@@ -124,6 +124,9 @@ class Settings:
     congestion_threshold: int = 48
     request_timeout: int = 0
     """Seconds after which the kernel aborts the connection when a request has no reply; 0: never."""
+    busy_poll: int = 50_000
+    """Nanoseconds for which the reader looks for the next request before it sleeps, while requests come that fast: the
+    reply to a program that asks one thing after another then costs no wake-up. 0: sleep at once."""
     refuse: InitFlag = _NONE
     """Features to leave out although they are wanted."""
 

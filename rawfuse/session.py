@@ -18,6 +18,7 @@ from rawfuse.errors import FuseError, ProtocolError
 from rawfuse.filesystem import FileSystem
 from rawfuse.mount import MountOptions, mount_by_helper, mount_device, privileged, raise_read_ahead, unmount
 from rawfuse.negotiate import Agreement, Settings, encode_init, encode_old_major, negotiate
+from rawfuse.notify import Notifier
 from rawfuse.table import TABLE
 from rawfuse.trace import Trace
 from rawfuse.wire import InMessage, OutMessage
@@ -53,6 +54,8 @@ class Session:
         self._device: Device | None = None
         self._dispatcher: Dispatcher | None = None
         self.agreement: Agreement | None = None
+        self.notifier: Notifier | None = None
+        """Sends notifications to the kernel while the mount lives."""
 
     async def mount(self) -> None:
         """Returns when the mount is there and INIT is agreed. ``OSError`` with a text that says why not; nothing is
@@ -79,7 +82,10 @@ class Session:
         self._device, self.agreement = device, agreement
         for flag, why in agreement.refused.items():
             log.debug("INIT: no %s: %s", flag.name, why)
-        self._dispatcher = Dispatcher(device, self.filesystem, agreement, loop, self._trace)
+        self.notifier = Notifier(device, agreement)
+        self._dispatcher = Dispatcher(
+            device, self.filesystem, agreement, loop, self.notifier, self._trace, self.settings.busy_poll
+        )
         self._dispatcher.start()
         await asyncio.to_thread(raise_read_ahead, self.mountpoint, agreement.max_readahead)
 
@@ -121,6 +127,8 @@ class Session:
                 await dispatcher.drained()
                 await self.filesystem.destroy()
             finally:
+                if self.notifier is not None:
+                    await asyncio.to_thread(self.notifier.close)
                 device.close()
                 self._device = None
 
