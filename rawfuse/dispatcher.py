@@ -204,6 +204,7 @@ class Dispatcher:
         self._spare = Running(self, loop)
         self._running: dict[int, Running] = {}
         self._reading = False
+        self._end_of_burst = filesystem.end_of_burst
         self._busy_poll = self._patience = busy_poll
         self._slept = 0
         self._idle: asyncio.Future[None] | None = None
@@ -233,7 +234,11 @@ class Dispatcher:
                 if not self._reading:
                     return
             elif length == _AGAIN:
-                if not running:
+                if running:
+                    self._end_of_burst()
+                    if not running:
+                        continue
+                else:
                     self._patience >>= 1
                 self._slept = perf_counter_ns()
                 return

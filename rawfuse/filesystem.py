@@ -44,6 +44,11 @@ class FileSystem:
     async def start(self) -> None:
         """Called when the kernel is connected and before the first operation is served."""
 
+    def end_of_burst(self) -> None:
+        """Called when every request that had arrived has been started and some handlers wait. What several of them wait
+        for together (a transaction, a batch to send) can be ended here; handlers that this lets go on are answered
+        before the next requests are read. It must not block."""
+
     async def destroy(self, op: ops.Destroy | None = None) -> None:
         """Called once when the mount has ended, after all handlers have."""
 

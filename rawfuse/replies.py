@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from collections.abc import Sequence
 
 import msgspec
 
@@ -191,4 +192,4 @@ class DirectoryPlusBuffer:
 
 _NO_ENTRY = (0,) * len(ENTRY_OUT.fields)
 
-ReadResult = Buffer | list[Buffer]
+ReadResult = Buffer | Sequence[Buffer]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rawfuse import ops
@@ -335,7 +335,7 @@ def _statx_out() -> Encoder:
     return encode
 
 
-def _limited(size: int, op: ops.Op, body: list[Buffer]) -> Message:
+def _limited(size: int, op: ops.Op, body: Sequence[Buffer]) -> Message:
     """A reply of variable length; the kernel answers EIO to one that is longer than it asked for."""
     length = sum(map(len, body))
     if length > size:
@@ -344,7 +344,7 @@ def _limited(size: int, op: ops.Op, body: list[Buffer]) -> Message:
 
 
 def _read(op: ops.ReadFile, result: ReadResult) -> Message:
-    return _limited(op.size, op, result if type(result) is list else [result])  # type: ignore[list-item]
+    return _limited(op.size, op, [result] if isinstance(result, (bytes, bytearray, memoryview)) else result)
 
 
 def _target(op: ops.ReadSymlink, target: bytes) -> Message:

@@ -72,6 +72,9 @@ class PoleFileSystem(FileSystem):
     async def start(self) -> None:
         self._limited = (await self._meta.usage()).bytes_limit > 0
 
+    def end_of_burst(self) -> None:
+        self._meta.end_turn()
+
     async def destroy(self, op: ops.Destroy | None = None) -> None:
         await self._orphans.close()
         await self._times.close()

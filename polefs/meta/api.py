@@ -31,7 +31,14 @@ class MetaAPI(Protocol):
         ...
 
     async def make_node(
-        self, caller: Caller, parent: int, name: bytes, mode: int, umask: int, rdev: int = 0, target: bytes | None = None
+        self,
+        caller: Caller,
+        parent: int,
+        name: bytes,
+        mode: int,
+        umask: int,
+        rdev: int = 0,
+        target: bytes | None = None,
     ) -> Inode:
         """Make a file, directory, fifo, socket, device or symbolic link (``target``), by the type in ``mode``.
 
@@ -50,8 +57,8 @@ class MetaAPI(Protocol):
         ...
 
     async def unlink(self, parent: int, name: bytes) -> Inode:
-        """Take a name away and return its inode as it is then. At nlink 0 it becomes an orphan of this session and keeps
-        its contents until ``release_orphans``. ENOENT, EISDIR, ENOTDIR."""
+        """Take a name away and return its inode as it is then. At nlink 0 it becomes an orphan of this session and
+        keeps its contents until ``release_orphans``. ENOENT, EISDIR, ENOTDIR."""
         ...
 
     async def rmdir(self, parent: int, name: bytes) -> Inode:
@@ -59,14 +66,14 @@ class MetaAPI(Protocol):
         ...
 
     async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> Inode | None:
-        """Move a name atomically; returns the inode that was replaced, as it is then, if one was. ``flags``: 0 or one of
-        RENAME_*; WHITEOUT leaves a character device 0:0 behind. EINVAL for a directory moved into itself and for
+        """Move a name atomically; returns the inode that was replaced, as it is then, if one was. ``flags``: 0 or one
+        of RENAME_*; WHITEOUT leaves a character device 0:0 behind. EINVAL for a directory moved into itself and for
         contradicting flags, EEXIST (NOREPLACE), ENOENT, EISDIR, ENOTDIR, ENOTEMPTY, EMLINK."""
         ...
 
     async def list_dir(self, ino: int, after: int, limit: int) -> list[Dentry]:
-        """Up to ``limit`` dentries with a cookie greater than ``after``, in the order of their cookies, without ``.`` and
-        ``..``. Names made or removed meanwhile disturb no other name. Empty: the end. ENOTDIR."""
+        """Up to ``limit`` dentries with a cookie greater than ``after``, in the order of their cookies, without ``.``
+        and ``..``. Names made or removed meanwhile disturb no other name. Empty: the end. ENOTDIR."""
         ...
 
     async def list_dir_plus(self, ino: int, after: int, limit: int) -> list[tuple[Dentry, Inode]]:
@@ -82,7 +89,8 @@ class MetaAPI(Protocol):
     async def get_inode(self, ino: int) -> Inode: ...
 
     async def set_attributes(self, ino: int, change: SetAttr) -> Inode:
-        """Changing the mode of a file with an access ACL changes that ACL's mask (posix_acl_chmod); ctime becomes now."""
+        """Changing the mode of a file with an access ACL changes that ACL's mask (posix_acl_chmod); ctime becomes
+        now."""
         ...
 
     async def touch_atime(self, times: Sequence[tuple[int, int]]) -> None:
@@ -126,9 +134,9 @@ class MetaAPI(Protocol):
         ...
 
     async def clone_range(self, source: int, start: int, length: int, target: int, target_start: int) -> Inode:
-        """Make a range of ``target`` share the extents of ``source`` (its holes become holes), extend ``target`` when the
-        range ends beyond it, set its mtime, and return it. Both must be regular files with all contents committed, the
-        range must end within ``source``; overlapping ranges of one file: EINVAL."""
+        """Make a range of ``target`` share the extents of ``source`` (its holes become holes), extend ``target`` when
+        the range ends beyond it, set its mtime, and return it. Both must be regular files with all contents committed,
+        the range must end within ``source``; overlapping ranges of one file: EINVAL."""
         ...
 
     async def release_orphans(self, inos: Sequence[int]) -> None:
@@ -144,6 +152,12 @@ class MetaAPI(Protocol):
         ...
 
     # The session
+
+    def end_turn(self) -> None:
+        """No more operations come for now: what was collected to be committed or sent together goes. Operations that
+        end by it go on within the call, so it must not be made by a coroutine. Without it they go at the event loop's
+        next turn."""
+        ...
 
     async def sync(self) -> None:
         """Returns once everything committed before the call survives the loss of power."""

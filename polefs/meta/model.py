@@ -33,6 +33,9 @@ XATTR_LIST_MAX = 65536
 INLINE_MAX = 4096
 """Largest file whose contents stand in its inode row, bytes."""
 
+DIRECTORY_SIZE = 4096
+"""What stat tells as the size of any directory, bytes."""
+
 BLOCK = 512
 """The unit of st_blocks, bytes."""
 

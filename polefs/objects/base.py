@@ -26,8 +26,8 @@ class ObjectStore(Protocol):
         ...
 
     async def adopt(self, key: str, path: str) -> bool:
-        """Make the local file ``path`` the object without copying it, when the store can (a hard link); the caller never
-        changes that file's bytes again. False when it cannot: the caller then uses ``put``."""
+        """Make the local file ``path`` the object without copying it, when the store can (a hard link); the caller
+        never changes that file's bytes again. False when it cannot: the caller then uses ``put``."""
         ...
 
     async def get(self, key: str, offset: int, length: int) -> bytes:

@@ -29,7 +29,8 @@ _LIST_PAGE: Final = 1000
 
 
 class Space(msgspec.Struct, frozen=True):
-    """Space of the underlying file system (statvfs): bytes and inodes, in all, free, and free for unprivileged users."""
+    """Space of the underlying file system (statvfs): bytes and inodes, in all, free, and free for unprivileged
+    users."""
 
     bytes_total: int
     bytes_free: int
@@ -100,9 +101,7 @@ class DirectoryStore:
     async def space(self) -> Space:
         found = await self._run(os.statvfs, self._root)
         unit = found.f_frsize
-        return Space(
-            found.f_blocks * unit, found.f_bfree * unit, found.f_bavail * unit, found.f_files, found.f_ffree
-        )
+        return Space(found.f_blocks * unit, found.f_bfree * unit, found.f_bavail * unit, found.f_files, found.f_ffree)
 
     async def close(self) -> None:
         with self._lock:

@@ -1,0 +1,103 @@
+"""``polefs mount``"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Annotated
+
+import typer
+
+from polefs.node.errors import Refusal
+from polefs.node.logs import LEVELS
+from polefs.node.options import MountRequest, Options, parse_options
+from polefs.node.volume import default_volume
+
+NAME = "mount"
+
+
+def command(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="[VOLUME] MOUNTPOINT", help="The volume (default: your own) and where to mount it."),
+    ],
+    options: Annotated[
+        list[str] | None, typer.Option("-o", metavar="OPTION,...", help="Mount options, as mount(8) takes them.")
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("-f", "--foreground", help="Stay in the foreground, log to stderr.")
+    ] = False,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help=f"One of {', '.join(LEVELS)}.")] = "info",
+    log_file: Annotated[str | None, typer.Option(metavar="FILE", help="Log to this file instead.")] = None,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write every request of the kernel and its reply to this file.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(metavar="FILE", hidden=True)] = None,
+) -> None:
+    """Mount a volume. Returns when the mount can be used.
+
+    VOLUME is a directory, made on first use; the default is polefs/default in your data directory
+    ($XDG_DATA_HOME, ~/.local/share). As root the mount is for everybody.
+
+    Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
+    noallow_other, nonempty, volume=DIRECTORY.
+
+    Examples:
+
+      polefs mount ~/polefs
+
+      polefs mount /srv/volume /mnt/data
+
+      polefs mount -o ro,noexec /srv/volume /mnt/data
+
+      polefs mount -f --log-level debug --trace /tmp/wire.log /srv/volume /mnt/data
+    """
+    if len(paths) > 2:
+        raise Refusal(errno.EINVAL, "too many arguments: give polefs mount [VOLUME] MOUNTPOINT", 2)
+    parsed = parse_options(options or [])
+    volume = paths[0] if len(paths) == 2 else None
+    if volume is not None and parsed.volume is not None:
+        raise Refusal(errno.EINVAL, "the volume is given twice: as an argument and with -o volume", 2)
+    request = make_request(volume, paths[-1], parsed)
+    request.log_level = check_level(log_level)
+    request.log_file = _absolute(log_file)
+    request.trace = _absolute(trace)
+    request.profile = _absolute(profile)
+    request.foreground = foreground
+    mount(request)
+
+
+def make_request(volume: str | None, mountpoint: str, options: Options) -> MountRequest:
+    """The request that paths and options make. Mounts of root are for everybody unless the options say otherwise."""
+    for what, path in (("volume", volume), ("mount point", mountpoint)):
+        if path == "":
+            raise Refusal(errno.EINVAL, f"the {what} is an empty string: give a directory", 2)
+    return MountRequest(
+        volume=os.path.abspath(volume or options.volume or default_volume()),
+        mountpoint=os.path.abspath(mountpoint),
+        flags=options.flags,
+        allow_other=os.geteuid() == 0 if options.allow_other is None else options.allow_other,
+        nonempty=options.nonempty,
+    )
+
+
+def check_level(level: str) -> str:
+    if level.lower() not in LEVELS:
+        raise Refusal(errno.EINVAL, f"unknown log level '{level}': the levels are {', '.join(LEVELS)}", 2)
+    return level.lower()
+
+
+def mount(request: MountRequest) -> None:
+    """Mount as asked: serve here until unmounted, or start the daemon and return when the mount is ready."""
+    if request.foreground:
+        from polefs.node.daemon import run
+
+        run(request, lambda: None)
+    else:
+        from polefs.node.background import start
+
+        start(request)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)

@@ -1,0 +1,265 @@
+"""All uncommitted changes of a mount: the layers of its files, their replicas and their journal records.
+
+Every method is synchronous and takes effect whole or not at all: a change that cannot be journaled has not happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Final
+
+import msgspec
+
+from polefs.data.durability import JournalLog
+from polefs.data.journal import Kind
+from polefs.data.ranges import HOLE, Chunk, DirtySource
+from polefs.data.replica import Replica
+from polefs.data.state import FileState, Layer
+from polefs.data.writeback import Work
+from polefs.meta.model import FILE_SIZE_MAX, Inode
+
+_MEMORY_PER_FILE: Final = 64 << 10
+"""What one file's layer may keep in memory, with the bytes in the journal; beyond, its writes go to a replica."""
+
+_MEMORY_PER_SYNCED_FILE: Final = 8 << 20
+_SMALL_WRITE: Final = 64 << 10
+"""The same for a file that somebody calls fsync on, for writes up to this size: there is then only the journal to sync,
+and not a replica as well."""
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Past half of one of these write-back starts early; past all of it writes wait."""
+
+    memory: int = 64 << 20
+    """Bytes of contents in memory."""
+    local: int = 4 << 30
+    """Bytes of contents in all, which is about what lies in replicas."""
+    journal: int = 512 << 20
+    """Bytes of journals."""
+    replicas: int = 384
+    """Replica files, each of which is an open descriptor."""
+
+
+class DirtyFiles:
+    """``changed`` is set by the first change after it was cleared, ``urgent`` when write-back should start at once;
+    ``full`` tells that writes have to wait for it."""
+
+    def __init__(self, directory: str, log: JournalLog, limits: Limits) -> None:
+        self._directory = directory
+        self.log = log
+        self._limits = limits
+        self._states: dict[int, FileState] = {}
+        self.find = self._states.get
+        """The state of a file by inode number; None when everything of it is committed."""
+        self._settled: dict[int, int] = {}
+        """Files whose changes are committed but still told of by a journal, and which one's number is the last."""
+        self._retired: list[tuple[int, str]] = []
+        """Replicas that nobody needs any more but a journal: its number and the path."""
+        self._generations = itertools.count(1)
+        self._memory = 0
+        self._replicas = 0
+        self.bytes = 0
+        """Uncommitted bytes of contents."""
+        self.changed = asyncio.Event()
+        self.urgent = asyncio.Event()
+        self.full = False
+        self._pressed = False
+
+    def adopt(self, states: dict[int, FileState]) -> None:
+        """Take over what recovery found."""
+        self._states.update(states)
+        for state in states.values():
+            for layer in state.layers:
+                self.bytes += layer.ranges.data
+                self._memory += layer.ranges.memory
+        if states:
+            self.changed.set()
+
+    def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
+        """OSError as the local file system reports it: ENOSPC, EIO."""
+        ino = inode.ino
+        state, layer = self._writable(inode)
+        ranges = layer.ranges
+        length = len(data)
+        end = offset + length
+        memory, size = ranges.memory, ranges.data
+        source: DirtySource
+        if state.synced_often:
+            in_memory = length <= _SMALL_WRITE and memory + length <= _MEMORY_PER_SYNCED_FILE
+        else:
+            in_memory = layer.replica is None and memory + length <= _MEMORY_PER_FILE
+        if in_memory:
+            payload = bytes(data)
+            self.log.current.append(Kind.DATA, ino, offset, 0, 0, now, payload)
+            source = Chunk(offset, payload)
+        else:
+            source = layer.replica or self._make_replica(state, layer)
+            source.write(data, offset)
+            self.log.current.append(Kind.RANGE, ino, offset, length, source.generation, now)
+        ranges.set(offset, end, source)
+        if end > layer.size:
+            layer.size = end
+        self._memory += ranges.memory - memory
+        self.bytes += ranges.data - size
+        self._changed(state, layer, now)
+        return length
+
+    def truncate(self, inode: Inode, size: int, now: int) -> None:
+        """Errors as of ``write``."""
+        state, layer = self._writable(inode)
+        self.log.current.append(Kind.TRUNCATE, inode.ino, size, 0, 0, now)
+        self._punch(layer, size, FILE_SIZE_MAX)
+        layer.size = size
+        if size == 0 and layer.replica is not None:
+            self._retire(layer)
+        self._changed(state, layer, now)
+
+    def punch(self, inode: Inode, start: int, end: int, size: int, now: int) -> None:
+        """The range reads as zero from now on, and the size is ``size``. Errors as of ``write``."""
+        state, layer = self._writable(inode)
+        self.log.current.append(Kind.HOLE, inode.ino, start, end, size, now)
+        self._punch(layer, start, end)
+        layer.size = size
+        self._changed(state, layer, now)
+
+    def set_mtime(self, ino: int, mtime: int) -> None:
+        """No commit and no replay brings an older modification time back. Errors as of ``write``."""
+        state = self._states.get(ino)
+        if state is not None:
+            self._journal(state, Kind.MTIME, mtime)
+            for layer in state.layers:
+                layer.mtime = None
+        elif ino in self._settled:
+            self.log.current.append(Kind.MTIME, ino, 0, 0, 0, mtime)
+            self._settled[ino] = self.log.epoch
+            self.changed.set()
+
+    def told_by_journal(self, ino: int) -> bool:
+        """Whether a replay would change the file although all of it is committed."""
+        return ino in self._settled
+
+    def forget_journal(self, ino: int) -> None:
+        """Let a replay ignore all that the journals tell of a file so far. It is committed, and durably."""
+        self.log.current.append(Kind.SETTLED, ino, 0, 0, 0, 0)
+        self.changed.set()
+        del self._settled[ino]
+
+    def forget(self, ino: int) -> None:
+        """The file is removed: nothing of it is written back any more."""
+        state = self._states.get(ino)
+        if state is not None:
+            state.gone = True
+            self.settle(state, len(state.layers))
+
+    def note_segment(self, number: int) -> None:
+        """Should the process die before the segment is committed, recovery deletes its object."""
+        self.log.current.append(Kind.SEGMENT, 0, number, 0, 0, 0)
+
+    def work(self, before: int) -> list[Work]:
+        """The layers that belong to journals before ``before``."""
+        found: list[Work] = []
+        for state in self._states.values():
+            depth = sum(layer.epoch < before for layer in state.layers)
+            if depth:
+                found.append(Work(state, depth))
+        return found
+
+    def seal(self, ino: int) -> Work | None:
+        """All layers of one file, which are not written to any more."""
+        state = self._states.get(ino)
+        if state is None:
+            return None
+        for layer in state.layers:
+            layer.sealed = True
+        return Work(state, len(state.layers))
+
+    def settle(self, state: FileState, depth: int) -> None:
+        """The ``depth`` oldest layers are committed, or of a removed file."""
+        layers = state.layers[:depth]
+        del state.layers[:depth]
+        for layer in layers:
+            self._memory -= layer.ranges.memory
+            self.bytes -= layer.ranges.data
+            if layer.replica is not None:
+                self._retire(layer)
+        if layers:
+            self._settled[state.ino] = layers[-1].epoch
+        if not state.layers and self._states.get(state.ino) is state:
+            del self._states[state.ino]
+        self._check()
+
+    def retired(self, before: int) -> list[str]:
+        """Paths of the replicas that only journals before ``before`` tell of, to be deleted after these."""
+        return [path for epoch, path in self._retired if epoch < before]
+
+    def deleted(self, before: int) -> None:
+        """The journals before ``before`` are deleted, and the replicas that ``retired`` named before these were."""
+        self._settled = {ino: epoch for ino, epoch in self._settled.items() if epoch >= before}
+        count = len(self._retired)
+        self._retired = [(epoch, path) for epoch, path in self._retired if epoch >= before]
+        self._replicas -= count - len(self._retired)
+        self._check()
+
+    def _writable(self, inode: Inode) -> tuple[FileState, Layer]:
+        state = self._states.get(inode.ino)
+        epoch = self.log.current.number
+        if state is None:
+            state = self._states[inode.ino] = FileState(inode.ino)
+            layer = Layer(epoch, inode.size, inode.ctime)
+            state.layers.append(layer)
+            return state, layer
+        layer = state.layers[-1]
+        if layer.epoch != epoch or layer.sealed:
+            layer = Layer(epoch, layer.size, layer.ctime)
+            state.layers.append(layer)
+        return state, layer
+
+    def _make_replica(self, state: FileState, layer: Layer) -> Replica:
+        layer.replica = Replica(self._directory, state.ino, next(self._generations), create=True)
+        self._replicas += 1
+        return layer.replica
+
+    def _retire(self, layer: Layer) -> None:
+        assert layer.replica is not None
+        self._retired.append((layer.epoch, layer.replica.path))
+        layer.replica = None
+
+    def _punch(self, layer: Layer, start: int, end: int) -> None:
+        ranges = layer.ranges
+        if start < end:
+            memory, size = ranges.memory, ranges.data
+            ranges.set(start, end, HOLE)
+            self._memory += ranges.memory - memory
+            self.bytes += ranges.data - size
+
+    def _journal(self, state: FileState, kind: Kind, time: int) -> None:
+        journal = self.log.current
+        journal.append(kind, state.ino, 0, 0, 0, time)
+        state.journal_epoch = journal.number
+        state.journal_end = journal.end
+
+    def _changed(self, state: FileState, layer: Layer, now: int) -> None:
+        layer.mtime = layer.ctime = now
+        journal = self.log.current
+        state.journal_epoch = journal.number
+        state.journal_end = journal.end
+        if not self.changed.is_set():
+            self.changed.set()
+        self._check()
+        if self._pressed and not self.urgent.is_set():
+            self.urgent.set()
+
+    def _check(self) -> None:
+        """Keep ``full`` and ``_pressed``, which tells that half of a limit (a quarter of ``local``) is reached."""
+        limits = self._limits
+        memory, size, journal, replicas = self._memory, self.bytes, self.log.size, self._replicas
+        self._pressed = (
+            memory * 2 > limits.memory
+            or size * 4 > limits.local
+            or journal * 2 > limits.journal
+            or replicas * 2 > limits.replicas
+        )
+        self.full = self._pressed and (
+            memory > limits.memory or size > limits.local or journal > limits.journal or replicas > limits.replicas
+        )

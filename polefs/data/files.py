@@ -1,0 +1,316 @@
+"""The contents of the files of a volume, as one mount sees them.
+
+A change of contents goes into a layer over the committed contents (in memory or in a local replica) and into the
+journal, both in the page cache; then it is acknowledged. Write-back turns layers into objects and metadata a few
+seconds later.
+
+Methods that take an ``Inode`` take the one that ``MetaAPI.get_inode`` returned in the same turn of the event loop:
+nothing may have been awaited in between, for a commit might have changed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from polefs.data.dirty import DirtyFiles, Limits
+from polefs.data.durability import JournalLog
+from polefs.data.extentcache import ExtentCache
+from polefs.data.flusher import Flusher
+from polefs.data.journal import Journal, journal_name, journal_number
+from polefs.data.reader import Buffer, Reader, seek
+from polefs.data.reclaim import Reclaimer
+from polefs.data.recovery import recover
+from polefs.data.state import FileState
+from polefs.data.writeback import WriteBack
+from polefs.meta.api import MetaAPI
+from polefs.meta.model import FILE_SIZE_MAX, Inode, SetAttr
+from polefs.objects.base import ObjectStore
+from polefs.objects.localio import sync_directory
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+"""Modes of fallocate(2), linux/falloc.h."""
+
+SHARE_MIN: Final = 64 << 10
+"""Copies from this length on share extents instead of copying bytes."""
+
+_SHARE_MAX: Final = 1 << 30
+"""The most that one call shares, so that one metadata transaction stays short."""
+
+_COPY_MAX: Final = 8 << 20
+_COPY_STEP: Final = 1 << 20
+_SHARE_ATTEMPTS: Final = 4
+
+
+class FileStore:
+    """Call ``recover``, then ``start``; at the end ``close``. ``directory`` is the volume's place for journals and
+    replicas, on the file system of a directory object store where there is one; it is made when it does not exist.
+
+    Writes, truncations and the like survive the death of the process from their return on, and the loss of power from
+    the next ``sync`` on. Besides the errors that each method lists, all raise what the local file system, the object
+    store and the meta service report: ENOSPC, EIO."""
+
+    def __init__(
+        self,
+        meta: MetaAPI,
+        objects: ObjectStore,
+        directory: str,
+        *,
+        flush_after: float = 5.0,
+        limits: Limits | None = None,
+        threads: int = 4,
+    ) -> None:
+        """``flush_after``: seconds that a change may stay uncommitted."""
+        self._meta = meta
+        self._directory = os.path.abspath(directory)
+        self._flush_after = flush_after
+        self._threads = ThreadPoolExecutor(threads, "data")
+        self._extents = ExtentCache(meta)
+        self._reader = Reader(meta, objects, self._extents, self._threads)
+        self._reclaimer = Reclaimer(meta, objects)
+        os.makedirs(self._directory, exist_ok=True)
+        numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
+        self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
+        self._dirty = DirtyFiles(self._directory, self._log, limits or Limits())
+        self._find = self._dirty.find
+        self._writeback = WriteBack(meta, objects, self._reader, self._threads, self._settled, self._dirty.note_segment)
+        self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)
+
+    # Life
+
+    async def recover(self) -> None:
+        """Bring back what the last process had acknowledged and not committed, and commit it. Before anything else."""
+        found = await recover(self._meta, self._directory, self._log.epoch, self._threads)
+        self._dirty.adopt(found.states)
+        self._writeback.doubtful.extend(found.segments)
+        await self._writeback.commit(self._dirty.work(self._log.epoch))
+        for ino, mtime in found.mtimes.items():
+            await self._meta.set_attributes(ino, SetAttr(mtime=mtime))
+        await self._meta.sync()
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, self._log.epoch)
+        self._dirty.deleted(self._log.epoch)
+        await self._reclaimer.reclaim()
+
+    def start(self) -> None:
+        """Start write-back and the deletion of dead objects in the background."""
+        self._flusher.start()
+        self._reclaimer.start()
+
+    async def close(self) -> None:
+        """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
+        journals for the next ``recover``. Nothing else may be running or be called afterwards."""
+        await self._flusher.stop()
+        try:
+            await self._flusher.flush()
+            await self._meta.sync()
+            await self._reclaimer.reclaim()
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, self._log.epoch + 1)
+        finally:
+            await self._reclaimer.stop()
+            self._threads.shutdown(wait=False)
+
+    def _clean(self, epoch: int) -> None:
+        """Delete the journals before ``epoch``, oldest first, then all else but the live journal. All is committed."""
+        names = os.listdir(self._directory)
+        for number in sorted(number for name in names if (number := journal_number(name)) is not None):
+            if number < epoch:
+                os.unlink(os.path.join(self._directory, journal_name(number)))
+        sync_directory(self._directory)
+        for name in names:
+            if journal_number(name) is None:
+                os.unlink(os.path.join(self._directory, name))
+
+    # Contents
+
+    def overlay(self, inode: Inode) -> Inode:
+        """The inode as users must see it: size, times and allocation with what is not committed yet. The same object
+        when there is nothing."""
+        state = self._find(inode.ino)
+        return inode if state is None else state.overlay(inode)
+
+    async def read(self, inode: Inode, offset: int, size: int) -> list[Buffer]:
+        """Up to ``size`` bytes, in parts to be joined; fewer only at the end of the file. The parts must not be
+        changed."""
+        state = self._find(inode.ino)
+        if state is None:
+            end = min(offset + size, inode.size)
+            return await self._reader.committed(inode, offset, end) if offset < end else []
+        end = min(offset + size, state.size)
+        return await self._reader.pieces(inode, state.resolve(offset, end)) if offset < end else []
+
+    async def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
+        """Write all of ``data`` (a view of bytes) at ``offset``; ``now`` becomes mtime and ctime, ns. Waits only
+        while too much is uncommitted. EFBIG past FILE_SIZE_MAX."""
+        if offset + len(data) > FILE_SIZE_MAX:
+            raise _error(errno.EFBIG)
+        if not data:
+            return 0
+        if self._dirty.full:
+            inode = await self._wait_for_room(inode)
+        return self._dirty.write(inode, offset, data, now)
+
+    async def truncate(self, inode: Inode, size: int, now: int) -> None:
+        """Set the size; what is beyond is gone, what comes anew reads as zero. EFBIG past FILE_SIZE_MAX, EINVAL below
+        0."""
+        if size < 0:
+            raise _error(errno.EINVAL)
+        if size > FILE_SIZE_MAX:
+            raise _error(errno.EFBIG)
+        if self._dirty.full:
+            inode = await self._wait_for_room(inode)
+        self._dirty.truncate(inode, size, now)
+
+    async def fallocate(self, inode: Inode, mode: int, offset: int, length: int, now: int) -> None:
+        """fallocate(2) with mode 0, KEEP_SIZE, PUNCH_HOLE|KEEP_SIZE, ZERO_RANGE and ZERO_RANGE|KEEP_SIZE. Space is
+        not reserved: a file is written anew elsewhere anyway. EOPNOTSUPP for other modes, EINVAL, EFBIG."""
+        if offset < 0 or length <= 0:
+            raise _error(errno.EINVAL)
+        end = offset + length
+        if end > FILE_SIZE_MAX:
+            raise _error(errno.EFBIG)
+        keep = mode & FALLOC_FL_KEEP_SIZE
+        action = mode & ~FALLOC_FL_KEEP_SIZE
+        if action not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or (
+            action == FALLOC_FL_PUNCH_HOLE and not keep
+        ):
+            raise _error(errno.EOPNOTSUPP)
+        if self._dirty.full:
+            inode = await self._wait_for_room(inode)
+        size = self.overlay(inode).size
+        new_size = size if keep else max(size, end)
+        if action == 0:
+            if new_size > size:
+                self._dirty.truncate(inode, new_size, now)
+        else:
+            self._dirty.punch(inode, min(offset, new_size), min(end, new_size), new_size, now)
+
+    async def seek(self, inode: Inode, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE of lseek(2). ENXIO at or past the end and when no data follows, EINVAL."""
+        return await seek(self._reader, self._find(inode.ino), inode, offset, whence)
+
+    async def copy_range(
+        self, source: Inode, source_offset: int, target: Inode, target_offset: int, length: int, now: int
+    ) -> int:
+        """copy_file_range(2): returns how many bytes were copied, which may be fewer than asked for and is 0 at the
+        end of ``source``. Large ranges share their extents. EINVAL for overlapping ranges of one file, EFBIG."""
+        length = min(length, self.overlay(source).size - source_offset)
+        if length <= 0:
+            return 0
+        if target_offset + length > FILE_SIZE_MAX:
+            raise _error(errno.EFBIG)
+        if source.ino == target.ino and abs(source_offset - target_offset) < length:
+            raise _error(errno.EINVAL)
+        if length >= SHARE_MIN:
+            shared = await self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX))
+            if shared is not None:
+                return shared
+        return await self._copy(source.ino, source_offset, target.ino, target_offset, min(length, _COPY_MAX), now)
+
+    async def _share(self, source: int, source_offset: int, target: int, target_offset: int, length: int) -> int | None:
+        """None when it cannot be done: the target is inline, or is being written to all the time."""
+        for _ in range(_SHARE_ATTEMPTS):
+            if self._find(source) or self._find(target):
+                await self._flusher.flush_files((source, target))
+            if self._dirty.told_by_journal(target):
+                # A replay must not bring older contents back; it may leave them out once they are durable elsewhere.
+                await self._meta.sync()
+            found = await self._meta.get_inode(source)
+            if self._find(target):
+                continue
+            length = min(length, found.size - source_offset)
+            if length <= 0:
+                return 0
+            if self._dirty.told_by_journal(target):
+                self._dirty.forget_journal(target)
+            try:
+                await self._meta.clone_range(source, source_offset, length, target, target_offset)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    return None
+                raise
+            self._extents.invalidate(target)
+            return length
+        return None
+
+    async def _copy(
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
+    ) -> int:
+        copied = 0
+        while copied < length:
+            inode = await self._meta.get_inode(source)
+            parts = await self.read(inode, source_offset + copied, min(_COPY_STEP, length - copied))
+            if not parts:
+                break
+            for part in parts:
+                inode = await self._meta.get_inode(target)
+                copied += await self.write(inode, target_offset + copied, memoryview(part), now)
+        return copied
+
+    # Times, durability, removal
+
+    def set_mtime(self, ino: int, mtime: int) -> None:
+        """The user sets a file's modification time: no commit and no replay may bring an older one back. To be called
+        right before ``MetaAPI.set_attributes``, for every regular file."""
+        self._dirty.set_mtime(ino, mtime)
+
+    async def sync(self, ino: int, datasync: bool = False) -> None:
+        """fsync(2), or fdatasync(2), which is the same here: everything acknowledged before survives the loss of
+        power."""
+        state = self._find(ino)
+        if state is not None:
+            state.synced_often = True
+            if self._log.failed:
+                # What a failed fdatasync left behind may never reach the disk, whatever the next one says.
+                await self._flusher.flush()
+            elif not self._durable(state):
+                replicas = [replica for replica in state.replicas() if not replica.durable]
+                # Both at once: the metadata has a thread of its own.
+                synced = asyncio.shield(self._log.sync(replicas))
+                await self._meta.sync()
+                await synced
+                return
+        await self._meta.sync()
+
+    def _durable(self, state: FileState) -> bool:
+        return self._log.durable(state.journal_epoch, state.journal_end) and all(
+            replica.durable for replica in state.replicas()
+        )
+
+    def forget(self, ino: int) -> None:
+        """The file is removed for good: nothing of it is written back."""
+        self._dirty.forget(ino)
+        self._extents.invalidate(ino)
+
+    async def flush(self, ino: int | None = None) -> None:
+        """Write back one file or everything now."""
+        if ino is None:
+            await self._flusher.flush()
+        elif self._find(ino) is not None:
+            await self._flusher.flush_files((ino,))
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Uncommitted bytes of contents."""
+        return self._dirty.bytes
+
+    def reclaim_soon(self) -> None:
+        """Delete the objects of dead segments in the background: files have been removed, or overwritten."""
+        self._reclaimer.soon()
+
+    def _settled(self, state: FileState, depth: int) -> None:
+        self._extents.invalidate(state.ino)
+        self._dirty.settle(state, depth)
+        self._reclaimer.soon()
+
+    async def _wait_for_room(self, inode: Inode) -> Inode:
+        await self._flusher.wait_for_room()
+        return await self._meta.get_inode(inode.ino)
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))

@@ -1,0 +1,140 @@
+"""Packing dirty contents into segments, the immutable objects of the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
+
+import google_crc32c
+import msgspec
+
+from polefs.data.ranges import Chunk
+from polefs.data.replica import Replica
+from polefs.meta.api import MetaAPI
+from polefs.meta.model import Segment
+
+SEGMENT_MAX: Final = 16 << 20
+"""Largest segment that is packed, bytes; an adopted replica may be larger."""
+
+RUN_MAX: Final = 4 << 20
+"""Largest run, bytes: what one checksum covers, and the most of one file that stands together in a segment."""
+
+_READ: Final = 1 << 20
+_IDS: Final = 256
+
+DataPiece = tuple[int, int, Chunk | Replica]
+
+
+class Run(msgspec.Struct):
+    """Contiguous dirty bytes of the file at ``index`` in its batch: one piece of a segment."""
+
+    index: int
+    start: int
+    end: int
+    pieces: list[DataPiece]
+
+
+def cut_runs(index: int, pieces: Iterable[DataPiece]) -> Iterator[Run]:
+    """The runs of one file: joined where pieces touch, cut where they pass RUN_MAX."""
+    run: Run | None = None
+    for start, end, source in pieces:
+        while start < end:
+            if run is not None and (run.end != start or run.end - run.start == RUN_MAX):
+                yield run
+                run = None
+            if run is None:
+                run = Run(index, start, start, [])
+            stop = min(end, run.start + RUN_MAX)
+            run.pieces.append((start, stop, source))
+            run.end = start = stop
+    if run is not None:
+        yield run
+
+
+def pack(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Group runs, in order, into segments of up to SEGMENT_MAX."""
+    segment: list[Run] = []
+    size = 0
+    for run in runs:
+        length = run.end - run.start
+        if segment and size + length > SEGMENT_MAX:
+            yield segment
+            segment, size = [], 0
+        segment.append(run)
+        size += length
+    if segment:
+        yield segment
+
+
+def load(runs: Sequence[Run]) -> tuple[list[bytes | memoryview], tuple[tuple[int, int], ...]]:
+    """The bytes of a segment in parts, and its runs' ``(length, crc32c)``. Blocks."""
+    parts: list[bytes | memoryview] = []
+    checks: list[tuple[int, int]] = []
+    for run in runs:
+        crc = 0
+        for start, end, source in run.pieces:
+            if isinstance(source, Chunk):
+                data = source.cut(start, end)
+                data = data if isinstance(data, bytes) else bytes(data)
+            else:
+                data = source.read(start, end - start)
+            crc = google_crc32c.extend(crc, data)
+            parts.append(data)
+        checks.append((run.end - run.start, crc))
+    return parts, tuple(checks)
+
+
+def prepare_adoption(replica: Replica, pieces: Sequence[DataPiece], size: int) -> tuple[tuple[int, int], ...]:
+    """Make the replica the whole file of ``size`` bytes, adding what is in memory chunks, and return its runs. Nothing
+    else may write to it. Blocks."""
+    for start, end, source in pieces:
+        if isinstance(source, Chunk):
+            replica.write(bytes(source.cut(start, end)), start)
+
+    os.ftruncate(replica.fd, size)
+    runs = []
+    for start in range(0, size, RUN_MAX):
+        end = min(start + RUN_MAX, size)
+        crc = 0
+        for position in range(start, end, _READ):
+            crc = google_crc32c.extend(crc, replica.read(position, min(_READ, end - position)))
+        runs.append((end - start, crc))
+    return tuple(runs)
+
+
+class SegmentIds:
+    """Segment numbers whose reservation is durable: after a loss of power none of them is handed out a second time,
+    so that an object that was written but not committed is never taken for another."""
+
+    def __init__(self, meta: MetaAPI, taken: Callable[[int], None]) -> None:
+        """``taken`` is called with each number that is handed out."""
+        self._meta = meta
+        self._taken = taken
+        self._free: list[int] = []
+
+    async def take(self, count: int) -> list[int]:
+        while len(self._free) < count:
+            await self.replenish(count)
+            await self._meta.sync()
+        taken, self._free = self._free[:count], self._free[count:]
+        for number in taken:
+            self._taken(number)
+        return taken
+
+    async def replenish(self, count: int = _IDS // 2) -> None:
+        """Reserve more when fewer than ``count`` are left; usable after the next ``MetaAPI.sync``, which the caller
+        does."""
+        if len(self._free) < count:
+            number = max(count, _IDS)
+            first = await self._meta.allocate_segments(number)
+            self._free.extend(range(first, first + number))
+
+
+async def discard_uncommitted(meta: MetaAPI, segments: Iterable[int]) -> None:
+    """Let the objects of those segments that have not been committed be deleted as any dead segment's."""
+    for number in segments:
+        try:
+            await meta.commit_data([Segment(number, 0, ())], [])
+        except FileExistsError:
+            pass  # committed

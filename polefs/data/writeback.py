@@ -1,0 +1,252 @@
+"""Write-back: the sealed layers of many files become objects and one metadata transaction a batch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Executor
+from typing import Final
+
+import msgspec
+
+from polefs.data.ranges import BASE, HOLE, Chunk, Piece
+from polefs.data.reader import Reader
+from polefs.data.replica import Replica
+from polefs.data.segments import DataPiece, Run, SegmentIds, cut_runs, discard_uncommitted, load, pack, prepare_adoption
+from polefs.data.state import FileState
+from polefs.meta.api import MetaAPI
+from polefs.meta.model import FILE_SIZE_MAX, INLINE_MAX, DataCommit, Extent, Inode, Segment
+from polefs.objects.base import ObjectStore, segment_key
+
+log = logging.getLogger(__name__)
+
+_BATCH_FILES: Final = 64
+_BATCH_BYTES: Final = 16 << 20
+"""A batch, and so a metadata transaction, is closed when it has this many files or bytes."""
+
+_BATCHES: Final = 3
+"""Batches in flight."""
+
+_SEGMENTS: Final = 3
+"""Segments held in memory at a time while they are written."""
+
+ADOPT_MIN: Final = 1 << 20
+"""A file from this size on whose whole contents are in a replica is handed over without copying, bytes."""
+
+
+class Work(msgspec.Struct):
+    """The ``depth`` oldest layers of a file are to be written back."""
+
+    state: FileState
+    depth: int
+
+
+class _Plan(msgspec.Struct):
+    """How one file is committed: inline, or as pieces that become extents; ``adopt`` is the replica that is the
+    file."""
+
+    work: Work
+    size: int
+    drops: list[tuple[int, int]]
+    inline: bytes | None = None
+    pieces: list[DataPiece] = []
+    adopt: Replica | None = None
+    extents: list[Extent] = []
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.adopt else sum(end - start for start, end, _ in self.pieces)
+
+
+class WriteBack:
+    """``settled(state, depth)`` is called in the loop turn in which a file's commit returns, ``taken(segment)``
+    before a segment's object is written."""
+
+    def __init__(
+        self,
+        meta: MetaAPI,
+        objects: ObjectStore,
+        reader: Reader,
+        threads: Executor,
+        settled: Callable[[FileState, int], None],
+        taken: Callable[[int], None],
+    ) -> None:
+        self._meta = meta
+        self._objects = objects
+        self._reader = reader
+        self._threads = threads
+        self._settled = settled
+        self.doubtful: list[int] = []
+        """Segments that were written while it is not known whether they were committed."""
+        self._slots = asyncio.Semaphore(_SEGMENTS)
+        self.ids = SegmentIds(meta, taken)
+
+    async def commit(self, works: Iterable[Work]) -> None:
+        """Write back all of these; not called again before it has returned. A file that fails stays as it is, the
+        others go on; the first failure is raised at the end (OSError)."""
+        await discard_uncommitted(self._meta, self.doubtful)
+        self.doubtful.clear()
+        running: set[asyncio.Task[None]] = set()
+        errors: list[BaseException] = []
+
+        async def reap(limit: int) -> None:
+            nonlocal running
+            while len(running) > limit:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                errors.extend(error for task in done if (error := task.exception()) is not None)
+
+        batch: list[_Plan] = []
+        size = 0
+        for work in works:
+            try:
+                plan = await self._plan(work)
+            except OSError as error:
+                errors.append(error)
+                continue
+            if plan is None:
+                continue
+            if batch and (len(batch) == _BATCH_FILES or size + plan.bytes > _BATCH_BYTES):
+                await reap(_BATCHES - 1)
+                running.add(asyncio.create_task(self._write(batch)))
+                batch, size = [], 0
+                await asyncio.sleep(0)  # requests come first: planning a batch takes a millisecond
+            batch.append(plan)
+            size += plan.bytes
+        if batch:
+            running.add(asyncio.create_task(self._write(batch)))
+        await reap(0)
+        if errors:
+            for other in errors[1:]:
+                log.error("write-back: %s", other)
+            raise errors[0]
+
+    async def _plan(self, work: Work) -> _Plan | None:
+        state = work.state
+        if state.gone:
+            return None
+        try:
+            inode = await self._meta.get_inode(state.ino)
+        except FileNotFoundError:
+            self._settled(state, work.depth)
+            return None
+        size = state.layers[work.depth - 1].size
+        if size <= INLINE_MAX:
+            return await self._plan_small(work, inode, size)
+        plan = _Plan(work, size, [])
+        stored = inode.allocated > 0 or inode.inline is not None
+        for start, end, source in state.resolve(0, FILE_SIZE_MAX, work.depth):
+            if isinstance(source, Chunk | Replica):
+                plan.pieces.append((start, end, source))
+            elif source is HOLE:
+                if stored:
+                    plan.drops.append((start, end))
+            elif inode.inline is not None and start < len(inode.inline):
+                # Too large to be inline from now on: what was is carried over.
+                stop = min(end, len(inode.inline))
+                plan.pieces.append((start, stop, Chunk(0, inode.inline)))
+        if inode.inline is not None and all(_is_of(source, inode.inline) for _, _, source in plan.pieces):
+            plan.pieces = []  # nothing is added: it may stay inline
+        if size >= ADOPT_MIN:
+            plan.adopt = _whole_replica(plan.pieces, size)
+        return plan
+
+    async def _plan_small(self, work: Work, inode: Inode, size: int) -> _Plan:
+        pieces: list[Piece] = work.state.resolve(0, size, work.depth) if size else []
+        kept = inode.size > 0 and inode.allocated > 0 and any(source is BASE for _, _, source in pieces)
+        if not kept and not any(isinstance(source, Chunk | Replica) for _, _, source in pieces):
+            return _Plan(work, size, [(0, FILE_SIZE_MAX)] if inode.allocated or inode.inline is not None else [])
+        parts = await self._reader.pieces(inode, pieces)
+        return _Plan(work, size, [], inline=b"".join(parts))
+
+    async def _write(self, batch: list[_Plan]) -> None:
+        segments: list[Segment] = []
+        try:
+            await _gather([self._adopt(plan, segments) for plan in batch if plan.adopt is not None])
+            runs: list[Run] = []
+            for index, plan in enumerate(batch):
+                if not plan.extents:
+                    runs.extend(cut_runs(index, plan.pieces))
+            packed = list(pack(runs))
+            ids = await self.ids.take(len(packed))
+            await _gather(
+                [self._write_segment(number, group, segments) for number, group in zip(ids, packed, strict=True)]
+            )
+            for number, group in zip(ids, packed, strict=True):
+                _add_extents(batch, group, number)
+            await self._meta.commit_data(segments, [_data_commit(plan) for plan in batch if not plan.work.state.gone])
+        except BaseException:
+            self.doubtful.extend(segment.id for segment in segments)
+            raise
+        for plan in batch:
+            self._settled(plan.work.state, plan.work.depth)
+
+    async def _write_segment(self, number: int, runs: Sequence[Run], written: list[Segment]) -> None:
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            parts, checks = await loop.run_in_executor(self._threads, load, runs)
+            await self._objects.put(segment_key(number), parts)
+        written.append(Segment(number, sum(length for length, _ in checks), checks))
+
+    async def _adopt(self, plan: _Plan, written: list[Segment]) -> None:
+        """Give the store the replica itself; where it cannot take it, the contents are packed like others."""
+        replica = plan.adopt
+        assert replica is not None
+        async with self._slots:
+            loop = asyncio.get_running_loop()
+            checks = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
+            (number,) = await self.ids.take(1)
+            if await self._objects.adopt(segment_key(number), replica.path):
+                plan.extents = [Extent(0, plan.size, number, 0)]
+                written.append(Segment(number, plan.size, checks))
+
+
+async def _gather(work: Sequence[Coroutine[None, None, None]]) -> None:
+    """Run all to their ends, then raise the first failure."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _is_of(source: Chunk | Replica, data: bytes) -> bool:
+    return isinstance(source, Chunk) and source.data is data
+
+
+def _whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
+    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one."""
+    replica: Replica | None = None
+    position = 0
+    in_memory = 0
+    for start, end, source in pieces:
+        if start != position:
+            return None
+        if isinstance(source, Chunk):
+            in_memory += end - start
+        elif replica is None or replica is source:
+            replica = source
+        else:
+            return None
+        position = end
+    return replica if position == size and in_memory <= size // 2 else None
+
+
+def _add_extents(batch: Sequence[_Plan], runs: Sequence[Run], segment: int) -> None:
+    offset = 0
+    for run in runs:
+        extents = batch[run.index].extents
+        length = run.end - run.start
+        last = extents[-1] if extents else None
+        if last is not None and last.segment == segment and last.end == run.start:
+            extents[-1] = Extent(last.offset, last.length + length, segment, last.segment_offset)
+        else:
+            extents.append(Extent(run.start, length, segment, offset))
+        offset += length
+
+
+def _data_commit(plan: _Plan) -> DataCommit:
+    # The time is read as late as this: the user may have set it while the contents were being written.
+    mtime = None
+    for layer in plan.work.state.layers[: plan.work.depth]:
+        if layer.mtime is not None:
+            mtime = layer.mtime
+    return DataCommit(plan.work.state.ino, plan.size, mtime, plan.drops, plan.extents, plan.inline)

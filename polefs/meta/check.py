@@ -1,0 +1,208 @@
+"""Checking a volume (fsck): every invariant of its tables, and that every segment's object is there and sound.
+
+The volume must not be mounted. The checks stream; memory is needed for the directories' tree and, in ``check_objects``,
+for one number per object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import google_crc32c
+import msgspec
+
+from polefs.meta import acl
+from polefs.meta.model import DIRECTORY_SIZE, ROOT_INO
+from polefs.meta.rules import COUNTS, LOST, NAMES, UNREACHABLE, Kind, Problem
+from polefs.meta.store.schema import Execute
+from polefs.meta.store.sqlite import SqliteStore
+from polefs.objects.base import ObjectStore, segment_key
+
+__all__ = ["Kind", "Problem", "check", "check_objects", "repair"]
+
+_DELETE_BATCH = 1000
+_LOST_AND_FOUND = b"lost+found"
+
+
+def check(store: SqliteStore) -> Iterator[Problem]:
+    """Every broken invariant of the metadata. OSError when the database cannot be read."""
+    for (text,) in store.rows("PRAGMA integrity_check"):
+        if text != "ok":
+            yield Problem(Kind.DATABASE, 0, text, repairable=False)
+    for rule in (*NAMES, *COUNTS):
+        for row in store.rows(rule.query):
+            yield Problem(rule.kind, row[0], rule.text.format(*row), repairable=bool(rule.mend))
+    for (ino,) in store.rows(UNREACHABLE):
+        yield Problem(Kind.UNREACHABLE, ino, f"no path leads to directory {ino}")
+    for (ino,) in store.rows(LOST):
+        yield Problem(Kind.LOST, ino, f"inode {ino} has lost its names")
+    for ino, name in _malformed_acls(store):
+        yield Problem(Kind.XATTR, ino, f"{name.decode()} of inode {ino} is malformed")
+    yield from _check_runs(store)
+    counted = next(store.rows("SELECT coalesce(sum(allocated), 0), count(*) FROM inode"))
+    noted = store.noted_usage()
+    if noted != counted:
+        yield Problem(
+            Kind.USAGE,
+            0,
+            f"the volume counts {noted[0]} bytes and {noted[1]} inodes instead of {counted[0]} and {counted[1]}",
+        )
+
+
+def _malformed_acls(store: SqliteStore) -> Iterator[tuple[int, bytes]]:
+    for ino, name, value in store.rows(
+        "SELECT ino, name, value FROM xattr WHERE name IN (?, ?)", (acl.ACCESS, acl.DEFAULT)
+    ):
+        try:
+            sound = bool(acl.parse(value))
+        except OSError:
+            sound = False
+        if not sound:
+            yield ino, name
+
+
+def _runs(blob: bytes) -> list[tuple[int, int]]:
+    return msgspec.msgpack.decode(blob, type=list[tuple[int, int]])
+
+
+def _check_runs(store: SqliteStore) -> Iterator[Problem]:
+    for id_, size, blob in store.rows("SELECT id, size, runs FROM segment"):
+        try:
+            lengths = [length for length, _ in _runs(blob)]
+        except msgspec.MsgspecError:
+            lengths = []
+        if sum(lengths) != size or any(length <= 0 for length in lengths):
+            yield Problem(Kind.SEGMENT, id_, f"the runs of segment {id_} do not make up its {size} bytes", False)
+
+
+# Repairing
+
+
+def repair(store: SqliteStore) -> None:
+    """Mend all that can be mended, in one transaction: contradictions are removed, what has lost its name is put under
+    ``/lost+found`` as ``#<inode number>``, and counts are taken anew. What is left, ``check`` tells again. OSError
+    when the database fails; nothing has changed then."""
+    with store.repairing() as execute:
+        for rule in NAMES:
+            for statement in rule.mend:
+                execute(statement)
+        _reattach(execute)
+        for ino, name in list(_malformed_acls(store)):
+            execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+        for rule in COUNTS:
+            for statement in rule.mend:
+                execute(statement)
+
+
+def _reattach(execute: Execute) -> None:
+    lost = [ino for (ino,) in execute(LOST).fetchall()]
+    # A directory that has a name and is out of reach is part of a ring, or below one: opening the ring at its first
+    # member brings back the others.
+    while unreachable := execute(UNREACHABLE).fetchall():
+        ino = unreachable[0][0]
+        execute("DELETE FROM dentry WHERE ino = ?", (ino,))
+        _attach(execute, ino)
+    for ino in lost:
+        _attach(execute, ino)
+
+
+def _attach(execute: Execute, ino: int) -> None:
+    """Give an inode the name ``/lost+found/#ino``."""
+    home = _lost_and_found(execute)
+    _add_name(execute, home, b"#%d" % ino, ino)
+    execute("UPDATE inode SET nlink = max(nlink, 1) WHERE ino = ?", (ino,))
+
+
+def _lost_and_found(execute: Execute) -> int:
+    name = _LOST_AND_FOUND
+    while True:
+        row = execute(
+            "SELECT i.ino, i.mode & 61440 = 16384 FROM dentry AS d JOIN inode AS i ON i.ino = d.ino"
+            " WHERE d.parent = ? AND d.name = ?",
+            (ROOT_INO, name),
+        ).fetchone()
+        if row is None:
+            break
+        if row[1]:
+            return int(row[0])
+        name += b"_"
+    ino = int(execute("SELECT next_ino FROM volume").fetchone()[0])
+    execute("UPDATE volume SET next_ino = next_ino + 1")
+    execute(
+        "INSERT INTO inode SELECT ?, ?, uid, gid, 2, ?, 0, ctime, ctime, ctime, ctime, 0, ?, 0, 0, NULL, 0"
+        " FROM inode WHERE ino = ?",
+        (ino, 0o40700, DIRECTORY_SIZE, ROOT_INO, ROOT_INO),
+    )
+    _add_name(execute, ROOT_INO, name, ino)
+    return ino
+
+
+def _add_name(execute: Execute, parent: int, name: bytes, ino: int) -> None:
+    while execute("SELECT 1 FROM dentry WHERE parent = ? AND name = ?", (parent, name)).fetchone() is not None:
+        name += b"_"
+    execute(
+        "INSERT INTO dentry(parent, name, ino, kind, cookie)"
+        " SELECT ?, ?, ino, mode & 61440, (SELECT next_cookie FROM volume) FROM inode WHERE ino = ?",
+        (parent, name, ino),
+    )
+    execute("UPDATE volume SET next_cookie = next_cookie + 1")
+
+
+# Objects
+
+
+async def check_objects(
+    store: SqliteStore, objects: ObjectStore, *, data: bool, repair: bool = False
+) -> AsyncIterator[Problem]:
+    """Whether each segment's object exists with its size and, with ``data``, whether all its bytes have the checksums
+    that they were written with. Objects that no segment owns are garbage (harmless: a crash between writing an object
+    and committing it leaves one); ``repair`` deletes them. OSError when the object store fails."""
+    sizes: dict[int, int] = {}
+    garbage: list[str] = []
+    known = {row[0] for row in store.rows("SELECT id FROM segment")}
+    async for info in objects.list("segments/"):
+        id_ = _segment_of(info.key)
+        if id_ in known:
+            sizes[id_] = info.size
+        else:
+            garbage.append(info.key)
+            yield Problem(Kind.GARBAGE, max(id_, 0), f"object {info.key} belongs to no segment", harmless=True)
+    if repair:
+        for first in range(0, len(garbage), _DELETE_BATCH):
+            await objects.delete(garbage[first : first + _DELETE_BATCH])
+    for id_, size, blob in store.rows("SELECT id, size, runs FROM segment WHERE live > 0 ORDER BY id"):
+        found = sizes.get(id_)
+        if found is None:
+            yield Problem(Kind.OBJECT, id_, f"the object {segment_key(id_)} is missing", repairable=False)
+        elif found != size:
+            yield Problem(
+                Kind.OBJECT, id_, f"the object {segment_key(id_)} has {found} bytes instead of {size}", repairable=False
+            )
+        elif data:
+            for start, length in await _broken_runs(objects, id_, blob):
+                yield Problem(
+                    Kind.OBJECT,
+                    id_,
+                    f"{length} bytes at {start} of the object {segment_key(id_)} are not what was written",
+                    repairable=False,
+                )
+
+
+async def _broken_runs(objects: ObjectStore, segment: int, blob: bytes) -> list[tuple[int, int]]:
+    broken = []
+    start = 0
+    for length, checksum in _runs(blob):
+        content = await objects.get(segment_key(segment), start, length)
+        if google_crc32c.value(content) != checksum:
+            broken.append((start, length))
+        start += length
+    return broken
+
+
+def _segment_of(key: str) -> int:
+    """The segment whose object this is, -1 for none."""
+    try:
+        id_ = int(key.rpartition("/")[2], 16)
+    except ValueError:
+        return -1
+    return id_ if segment_key(id_) == key else -1

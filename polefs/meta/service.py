@@ -1,0 +1,177 @@
+"""The meta service: the operations of ``MetaAPI`` over a store.
+
+Each operation is one transaction whose body says what it means (``namespace``, ``attributes``, ``contents``); here are
+only the ways into it: what the caches can tell is answered at once.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from polefs.meta import attributes, contents, namespace
+from polefs.meta.errors import error
+from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Segment, SetAttr, Usage
+from polefs.meta.store.base import Reader, Store, Transaction
+
+_BATCH = 128
+"""Inodes removed in one transaction."""
+
+
+class MetaService:
+    """Implements ``api.MetaAPI``. Call ``start`` once before the first request and ``close`` at the end."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read = store.read
+        self._write = store.write
+        self._cached_inode = store.cached_inode
+        self._cached_entry = store.cached_entry
+
+    async def start(self) -> None:
+        """Remove the orphans of sessions that ended without doing so."""
+        if not self._store.read_only:
+            await self._release_all(all_sessions=False)
+
+    # Names
+
+    async def lookup(self, parent: int, name: bytes) -> Inode:
+        inode = self._cached_entry(parent, name)
+        return inode if inode is not None else await self._read(namespace.lookup, parent, name)
+
+    async def make_node(
+        self,
+        caller: Caller,
+        parent: int,
+        name: bytes,
+        mode: int,
+        umask: int,
+        rdev: int = 0,
+        target: bytes | None = None,
+    ) -> Inode:
+        return await self._write(namespace.make_node, caller, parent, name, mode, umask, rdev, target)
+
+    async def make_unnamed(self, caller: Caller, parent: int, mode: int, umask: int) -> Inode:
+        return await self._write(namespace.make_unnamed, caller, parent, mode, umask)
+
+    async def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        return await self._write(namespace.link, ino, parent, name)
+
+    async def unlink(self, parent: int, name: bytes) -> Inode:
+        return await self._write(namespace.unlink, parent, name)
+
+    async def rmdir(self, parent: int, name: bytes) -> Inode:
+        return await self._write(namespace.rmdir, parent, name)
+
+    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> Inode | None:
+        return await self._write(namespace.rename, parent, name, new_parent, new_name, flags)
+
+    async def list_dir(self, ino: int, after: int, limit: int) -> list[Dentry]:
+        return await self._read(namespace.list_dir, ino, after, limit)
+
+    async def list_dir_plus(self, ino: int, after: int, limit: int) -> list[tuple[Dentry, Inode]]:
+        return await self._read(namespace.list_dir_plus, ino, after, limit)
+
+    async def read_link(self, ino: int) -> bytes:
+        return await self._read(namespace.read_link, ino)
+
+    # Attributes
+
+    async def get_inode(self, ino: int) -> Inode:
+        inode = self._cached_inode(ino)
+        return inode if inode is not None else await self._read(namespace.existing, ino)
+
+    async def set_attributes(self, ino: int, change: SetAttr) -> Inode:
+        return await self._write(attributes.set_attributes, ino, change)
+
+    async def touch_atime(self, times: Sequence[tuple[int, int]]) -> None:
+        await self._write(attributes.touch_atime, times)
+
+    async def get_xattr(self, ino: int, name: bytes) -> bytes:
+        return await self._read(attributes.get_xattr, ino, name)
+
+    async def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int = 0, kill_sgid: bool = False) -> None:
+        await self._write(attributes.set_xattr, ino, name, value, flags, kill_sgid)
+
+    async def list_xattr(self, ino: int) -> list[bytes]:
+        return await self._read(attributes.list_xattr, ino)
+
+    async def remove_xattr(self, ino: int, name: bytes) -> None:
+        """As in ``MetaAPI``; an ACL that is not there is removed without an error."""
+        await self._write(attributes.remove_xattr, ino, name)
+
+    async def usage(self) -> Usage:
+        return await self._read(_usage)
+
+    # Contents
+
+    async def extents(self, ino: int, start: int, end: int) -> list[Extent]:
+        return await self._read(contents.extents, ino, start, end)
+
+    async def allocate_segments(self, count: int) -> int:
+        return await self._write(_allocate_segments, count)
+
+    async def commit_data(self, segments: Sequence[Segment], commits: Sequence[DataCommit]) -> None:
+        """As in ``MetaAPI``. The byte limit is not checked: these bytes have been acknowledged already. EEXIST for a
+        segment id used before, EIO for an extent in a segment that is neither in ``segments`` nor alive, EINVAL for
+        extents that overlap or pass ``size`` and for inline contents beside extents or past INLINE_MAX.
+
+        It runs on the event loop, about 15 us an extent that overwrites: callers split commits of thousands of them."""
+        await self._write(contents.commit_data, segments, commits)
+
+    async def clone_range(self, source: int, start: int, length: int, target: int, target_start: int) -> Inode:
+        """As in ``MetaAPI``; ENOSPC at the volume's byte limit, and EOPNOTSUPP where the result would need inline
+        contents beside extents: the caller then copies the bytes."""
+        return await self._write(contents.clone_range, source, start, length, target, target_start)
+
+    async def release_orphans(self, inos: Sequence[int]) -> None:
+        for first in range(0, len(inos), _BATCH):
+            left = inos[first : first + _BATCH]
+            while left:
+                left = await self._write(contents.release_orphans, left)
+
+    async def dead_segments(self, limit: int) -> list[int]:
+        return await self._read(contents.dead_segments, limit)
+
+    async def forget_segments(self, ids: Sequence[int]) -> None:
+        await self._write(_forget_segments, ids)
+
+    # The session
+
+    def end_turn(self) -> None:
+        self._store.end_turn()
+
+    async def sync(self) -> None:
+        await self._store.sync()
+
+    async def close(self) -> None:
+        """Ends the store's session too and closes it."""
+        if not self._store.read_only:
+            await self._release_all(all_sessions=True)
+        await self._store.close()
+
+    async def _release_all(self, *, all_sessions: bool) -> None:
+        after = 0
+        while inos := await self._read(_orphans, after, all_sessions):
+            await self.release_orphans(inos)
+            after = inos[-1]
+
+
+async def _orphans(tx: Reader, after: int, all_sessions: bool) -> list[int]:
+    return await tx.orphans(after, _BATCH, all_sessions=all_sessions)
+
+
+async def _usage(tx: Reader) -> Usage:
+    return replace(tx.usage())
+
+
+async def _allocate_segments(tx: Transaction, count: int) -> int:
+    if count <= 0:
+        raise error(errno.EINVAL)
+    return await tx.allocate_segments(count)
+
+
+async def _forget_segments(tx: Transaction, ids: Sequence[int]) -> None:
+    await tx.delete_segments(ids)

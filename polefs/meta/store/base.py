@@ -1,0 +1,185 @@
+"""The interface between the meta service and the database that holds its rows.
+
+A store reads and writes rows and knows no semantics; the service gives it *bodies*: async functions ``body(tx, *args)``
+that run in one transaction. A body may be run again from its start (a serializable store retries it), so it changes
+nothing but rows. It checks first and changes afterwards: an ``OSError`` that it raises before its first change fails
+that operation alone, one raised after a change rolls the transaction back.
+
+Reads inside a body see what the same transaction wrote before. Methods that only collect rows for the commit are plain
+functions; all others are coroutines, so that a store across a network fits. On SQLite they never suspend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from polefs.meta.model import Dentry, Extent, Inode, Segment, Usage
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class FormatError(Exception):
+    """The database is no polefs volume, or one of a format that this version does not know."""
+
+
+class Reader(Protocol):
+    """The rows as a body sees them. An inode that is returned is shared: replace it, never change it."""
+
+    async def inode(self, ino: int) -> Inode | None: ...
+
+    async def dentry(self, parent: int, name: bytes) -> int:
+        """The inode number behind a name, 0 when there is no such name."""
+        ...
+
+    async def dentries(self, parent: int, after: int, limit: int) -> list[Dentry]:
+        """By cookie, those greater than ``after``."""
+        ...
+
+    async def dentries_plus(self, parent: int, after: int, limit: int) -> list[tuple[Dentry, Inode]]: ...
+
+    async def is_empty(self, parent: int) -> bool:
+        """Whether the directory has no name in it."""
+        ...
+
+    async def symlink(self, ino: int) -> bytes | None: ...
+
+    async def xattr(self, ino: int, name: bytes) -> bytes | None: ...
+
+    async def xattr_names(self, ino: int) -> list[bytes]: ...
+
+    async def extents(self, ino: int, start: int, end: int) -> list[Extent]:
+        """Those that overlap ``[start, end)``, whole, by offset."""
+        ...
+
+    async def extent_boundary(self, ino: int, count: int) -> int:
+        """The offset of the extent after the first ``count`` ones, FILE_SIZE_MAX when there are no more."""
+        ...
+
+    async def live_bytes(self, segment: int) -> int | None:
+        """None when there is no such segment."""
+        ...
+
+    async def dead_segments(self, due: int, limit: int) -> list[int]:
+        """Segments queued for deletion at or before ``due`` (ns)."""
+        ...
+
+    async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
+        """Inode numbers greater than ``after`` of orphans, ascending: of other sessions, or of every session."""
+        ...
+
+    def usage(self) -> Usage:
+        """The counters as this transaction leaves them; the store's own record, not to be changed."""
+        ...
+
+
+class Transaction(Reader, Protocol):
+    """Rows read and changed."""
+
+    async def allocate_ino(self) -> int:
+        """A number that no inode had before."""
+        ...
+
+    async def allocate_segments(self, count: int) -> int:
+        """The first of ``count`` consecutive ids that no segment had before."""
+        ...
+
+    def put_inode(self, inode: Inode) -> None:
+        """Insert or replace the row; written once when the transaction commits."""
+        ...
+
+    async def delete_inode(self, ino: int) -> None: ...
+
+    async def add_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> bool:
+        """Insert a name under a new cookie; False, and no change, when the name exists."""
+        ...
+
+    async def set_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> None:
+        """Let an existing name stand for another inode; its cookie stays."""
+        ...
+
+    async def move_dentry(self, parent: int, name: bytes, new_parent: int, new_name: bytes, ino: int) -> None:
+        """Give the name of ``ino`` another place, where no name is, under a new cookie."""
+        ...
+
+    async def delete_dentry(self, parent: int, name: bytes) -> None: ...
+
+    async def add_symlink(self, ino: int, target: bytes) -> None: ...
+
+    async def delete_symlink(self, ino: int) -> None: ...
+
+    async def put_xattr(self, ino: int, name: bytes, value: bytes) -> None: ...
+
+    async def delete_xattr(self, ino: int, name: bytes) -> None: ...
+
+    async def delete_xattrs(self, ino: int) -> None: ...
+
+    async def put_extents(self, ino: int, extents: Sequence[Extent]) -> None:
+        """Insert rows, or replace those at the same offset."""
+        ...
+
+    async def delete_extents(self, ino: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Delete the rows whose offset lies in ``[start, end)``; returns ``(segment, bytes)`` sums of what was
+        deleted."""
+        ...
+
+    async def add_segments(self, segments: Sequence[tuple[Segment, int]]) -> None:
+        """Insert segments, each with its live bytes."""
+        ...
+
+    async def add_live(self, segment: int, delta: int) -> int | None:
+        """Change a segment's live bytes; returns the new count, None when there is no such segment."""
+        ...
+
+    async def queue_deletion(self, segment: int, due: int) -> None: ...
+
+    async def delete_segments(self, ids: Sequence[int]) -> None:
+        """Delete the rows of segments and of their queued deletions."""
+        ...
+
+    async def add_orphan(self, ino: int) -> None:
+        """Note an inode without a name that this session holds open."""
+        ...
+
+    async def delete_orphan(self, ino: int) -> None: ...
+
+    def add_usage(self, bytes_: int, inodes: int) -> None: ...
+
+
+class Store(Protocol):
+    """A database of one volume, opened by one session. Failures of the database are ``OSError``: ENOSPC, EIO, EROFS."""
+
+    @property
+    def read_only(self) -> bool: ...
+
+    def cached_inode(self, ino: int) -> Inode | None:
+        """The inode when it is in memory."""
+        ...
+
+    def cached_entry(self, parent: int, name: bytes) -> Inode | None:
+        """The inode behind a name when both are in memory."""
+        ...
+
+    async def read(self, body: Callable[Concatenate[Reader, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a body that changes nothing."""
+        ...
+
+    async def write(
+        self, body: Callable[Concatenate[Transaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run a body and return its result once its changes are committed. EROFS when the store is read-only."""
+        ...
+
+    def end_turn(self) -> None:
+        """No more operations come for now: commit those that wait. They go on within the call, which must not be made
+        by a coroutine."""
+        ...
+
+    async def sync(self) -> None:
+        """Returns once everything committed before the call survives the loss of power."""
+        ...
+
+    async def close(self) -> None:
+        """End the session and free everything. Nothing may be called afterwards."""
+        ...

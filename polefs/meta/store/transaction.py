@@ -1,0 +1,333 @@
+"""The rows of a volume in SQLite, read and changed inside the one transaction that is open, and the caches above them.
+
+Inode rows are collected and written when the transaction commits, so that a directory in which many names are made
+in one turn of the event loop is written once. All other rows are written at once. Caches hold what the open transaction
+sees; whoever rolls it back drops them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from lru import LRU
+
+from polefs.meta.model import FILE_SIZE_MAX, Dentry, Extent, Inode, Segment, Usage
+from polefs.meta.store import schema
+
+_RESERVE = {"next_ino": 4096, "next_cookie": 4096, "next_segment": 1024}
+"""How many numbers one write of a counter sets aside; a crash skips what is left of them."""
+
+
+class Caches:
+    """Bounded, least recently used first. Inodes with inline contents are bigger and have a cache of their own."""
+
+    def __init__(self, inodes: int, inlined: int, names: int) -> None:
+        self.inodes: LRU[int, Inode] = LRU(inodes)
+        self.inlined: LRU[int, Inode] = LRU(inlined)
+        self.names: LRU[tuple[int, bytes], int] = LRU(names)
+        """(parent, name) -> inode number; 0: known not to exist."""
+
+    def clear(self) -> None:
+        self.inodes.clear()
+        self.inlined.clear()
+        self.names.clear()
+
+
+class SqliteTransaction:
+    """Implements ``base.Transaction``; one object serves all transactions of a connection, one after the other."""
+
+    def __init__(self, connection: sqlite3.Connection, caches: Caches, usage: Usage, session: int) -> None:
+        cursor = connection.cursor()
+        self._run = cursor.execute
+        self._run_many = cursor.executemany
+        self._caches = caches
+        self._inodes = caches.inodes
+        self._inlined = caches.inlined
+        self._names = caches.names
+        self._pending: dict[int, Inode] = {}
+        self._usage = usage
+        self._session = session
+        self._next: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
+        self.changes = 0
+        """Rows changed so far, by all transactions."""
+        self.reservations = 0
+        """Counters written so far. No operation's own change: numbers set aside are everybody's."""
+        self.load_counters()
+
+    # Life of the transaction (the store's)
+
+    def load_counters(self) -> None:
+        """Read the counters again. Numbers already handed out stay so, those that were not committed too."""
+        row = self._run("SELECT next_ino, next_cookie, next_segment FROM volume").fetchone()
+        for column, value in zip(("next_ino", "next_cookie", "next_segment"), row, strict=True):
+            self._reserved[column] = value
+            self._next[column] = max(self._next.get(column, 0), value)
+
+    def store_counters(self) -> None:
+        """Write the counters as they are, giving back what was set aside."""
+        self._run(
+            "UPDATE volume SET next_ino = ?, next_cookie = ?, next_segment = ?",
+            (self._next["next_ino"], self._next["next_cookie"], self._next["next_segment"]),
+        )
+
+    def write_inodes(self) -> None:
+        """Bring the collected inode rows into the database."""
+        pending = self._pending
+        if pending:
+            self._run_many(schema.PUT_INODE, [msgspec.structs.astuple(inode) for inode in pending.values()])
+            pending.clear()
+
+    def forget(self) -> None:
+        """After a rollback: nothing that was read or collected is known any more."""
+        self._pending.clear()
+        self._caches.clear()
+        self.load_counters()
+
+    # Inodes
+
+    async def inode(self, ino: int) -> Inode | None:
+        inode = self._inodes.get(ino) or self._inlined.get(ino) or self._pending.get(ino)
+        if inode is None:
+            row = self._run(schema.SELECT_INODE, (ino,)).fetchone()
+            if row is None:
+                return None
+            inode = Inode(*row)
+            self._cache(inode)
+        return inode
+
+    def _cache(self, inode: Inode) -> None:
+        if inode.inline is None:
+            self._inodes[inode.ino] = inode
+        else:
+            self._inlined[inode.ino] = inode
+
+    def put_inode(self, inode: Inode) -> None:
+        ino = inode.ino
+        self.changes += 1
+        self._pending[ino] = inode
+        inline = inode.inline
+        if inline is None:
+            self._inodes[ino] = inode
+            self._inlined.pop(ino, None)
+        else:
+            self.changes += len(inline) // schema.PAGE_SIZE
+            self._inlined[ino] = inode
+            self._inodes.pop(ino, None)
+
+    async def delete_inode(self, ino: int) -> None:
+        self.changes += 1
+        self._pending.pop(ino, None)
+        self._inodes.pop(ino, None)
+        self._inlined.pop(ino, None)
+        self._run("DELETE FROM inode WHERE ino = ?", (ino,))
+
+    # Names
+
+    async def dentry(self, parent: int, name: bytes) -> int:
+        key = (parent, name)
+        ino = self._names.get(key)
+        if ino is None:
+            row = self._run(schema.SELECT_DENTRY, key).fetchone()
+            ino = self._names[key] = 0 if row is None else row[0]
+        return ino
+
+    async def dentries(self, parent: int, after: int, limit: int) -> list[Dentry]:
+        return [Dentry(*row) for row in self._run(schema.LIST_DENTRIES, (parent, after, limit)).fetchall()]
+
+    async def dentries_plus(self, parent: int, after: int, limit: int) -> list[tuple[Dentry, Inode]]:
+        rows = self._run(schema.LIST_DENTRIES, (parent, after, limit)).fetchall()
+        found: list[tuple[Dentry, Inode]] = []
+        inodes, inlined, pending = self._inodes, self._inlined, self._pending
+        for row in rows:
+            ino = row[2]
+            inode = inodes.get(ino) or inlined.get(ino) or pending.get(ino)
+            if inode is None:
+                return self._join(parent, after, limit)
+            found.append((Dentry(*row), inode))
+        return found
+
+    def _join(self, parent: int, after: int, limit: int) -> list[tuple[Dentry, Inode]]:
+        self.write_inodes()
+        found = []
+        names, cache = self._names, self._cache
+        for row in self._run(schema.LIST_DENTRIES_PLUS, (parent, after, limit)).fetchall():
+            dentry = Dentry(*row[:4])
+            inode = Inode(*row[4:])
+            names[parent, dentry.name] = inode.ino
+            cache(inode)
+            found.append((dentry, inode))
+        return found
+
+    async def is_empty(self, parent: int) -> bool:
+        return self._run("SELECT 1 FROM dentry WHERE parent = ? LIMIT 1", (parent,)).fetchone() is None
+
+    async def add_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> bool:
+        cookie = self._take("next_cookie", 1)
+        if self._run(schema.ADD_DENTRY, (parent, name, ino, kind, cookie)).rowcount == 0:
+            return False
+        self.changes += 2
+        self._names[parent, name] = ino
+        return True
+
+    async def set_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> None:
+        self.changes += 2
+        self._run("UPDATE dentry SET ino = ?, kind = ? WHERE parent = ? AND name = ?", (ino, kind, parent, name))
+        self._names[parent, name] = ino
+
+    async def move_dentry(self, parent: int, name: bytes, new_parent: int, new_name: bytes, ino: int) -> None:
+        self.changes += 4
+        cookie = self._take("next_cookie", 1)
+        self._run(schema.MOVE_DENTRY, (new_parent, new_name, cookie, parent, name))
+        names = self._names
+        names[parent, name] = 0
+        names[new_parent, new_name] = ino
+
+    async def delete_dentry(self, parent: int, name: bytes) -> None:
+        self.changes += 2
+        self._run("DELETE FROM dentry WHERE parent = ? AND name = ?", (parent, name))
+        self._names[parent, name] = 0
+
+    # Numbers
+
+    def _take(self, column: str, count: int) -> int:
+        first = self._next[column]
+        after = self._next[column] = first + count
+        if after > self._reserved[column]:
+            reserved = self._reserved[column] = after + _RESERVE[column]
+            self.reservations += 1
+            self._run(f"UPDATE volume SET {column} = ?", (reserved,))
+        return first
+
+    async def allocate_ino(self) -> int:
+        return self._take("next_ino", 1)
+
+    async def allocate_segments(self, count: int) -> int:
+        return self._take("next_segment", count)
+
+    # What hangs on an inode
+
+    async def symlink(self, ino: int) -> bytes | None:
+        return self._blob("SELECT target FROM symlink WHERE ino = ?", (ino,))
+
+    async def add_symlink(self, ino: int, target: bytes) -> None:
+        self.changes += 1
+        self._run("INSERT INTO symlink(ino, target) VALUES (?, ?)", (ino, target))
+
+    async def delete_symlink(self, ino: int) -> None:
+        self.changes += 1
+        self._run("DELETE FROM symlink WHERE ino = ?", (ino,))
+
+    async def xattr(self, ino: int, name: bytes) -> bytes | None:
+        return self._blob("SELECT value FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+
+    async def xattr_names(self, ino: int) -> list[bytes]:
+        return [row[0] for row in self._run("SELECT name FROM xattr WHERE ino = ? ORDER BY name", (ino,)).fetchall()]
+
+    async def put_xattr(self, ino: int, name: bytes, value: bytes) -> None:
+        self.changes += 1 + len(value) // schema.PAGE_SIZE
+        self._run("REPLACE INTO xattr(ino, name, value) VALUES (?, ?, ?)", (ino, name, value))
+
+    async def delete_xattr(self, ino: int, name: bytes) -> None:
+        self.changes += 1
+        self._run("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+
+    async def delete_xattrs(self, ino: int) -> None:
+        self.changes += 1
+        self._run("DELETE FROM xattr WHERE ino = ?", (ino,))
+
+    def _blob(self, statement: str, key: tuple[Any, ...]) -> bytes | None:
+        row = self._run(statement, key).fetchone()
+        if row is None:
+            return None
+        value: bytes = row[0]
+        return value
+
+    async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
+        passed_over = 0 if all_sessions else self._session
+        rows = self._run(
+            "SELECT ino FROM orphan WHERE ino > ? AND session <> ? ORDER BY ino LIMIT ?", (after, passed_over, limit)
+        ).fetchall()
+        return [row[0] for row in rows]
+
+    async def add_orphan(self, ino: int) -> None:
+        self.changes += 1
+        self._run("REPLACE INTO orphan(ino, session) VALUES (?, ?)", (ino, self._session))
+
+    async def delete_orphan(self, ino: int) -> None:
+        self.changes += 1
+        self._run("DELETE FROM orphan WHERE ino = ?", (ino,))
+
+    # Contents
+
+    async def extents(self, ino: int, start: int, end: int) -> list[Extent]:
+        extents = [Extent(*row) for row in self._run(schema.SELECT_EXTENTS, (ino, start, end)).fetchall()]
+        if extents and extents[0].end <= start:
+            del extents[0]
+        return extents
+
+    async def put_extents(self, ino: int, extents: Sequence[Extent]) -> None:
+        self.changes += len(extents)
+        self._run_many(
+            schema.PUT_EXTENT, [(ino, each.offset, each.length, each.segment, each.segment_offset) for each in extents]
+        )
+
+    async def delete_extents(self, ino: int, start: int, end: int) -> list[tuple[int, int]]:
+        key = (ino, start, end)
+        sums: list[tuple[int, int]] = self._run(
+            "SELECT segment, sum(length) FROM extent WHERE ino = ? AND offset >= ? AND offset < ? GROUP BY segment", key
+        ).fetchall()
+        if sums:
+            deleted = self._run("DELETE FROM extent WHERE ino = ? AND offset >= ? AND offset < ?", key).rowcount
+            self.changes += deleted
+        return sums
+
+    async def extent_boundary(self, ino: int, count: int) -> int:
+        row = self._run(
+            "SELECT offset FROM extent WHERE ino = ? ORDER BY offset LIMIT 1 OFFSET ?", (ino, count)
+        ).fetchone()
+        return FILE_SIZE_MAX if row is None else row[0]
+
+    async def live_bytes(self, segment: int) -> int | None:
+        row = self._run("SELECT live FROM segment WHERE id = ?", (segment,)).fetchone()
+        return None if row is None else row[0]
+
+    async def add_segments(self, segments: Sequence[tuple[Segment, int]]) -> None:
+        self.changes += len(segments)
+        self._run_many(
+            "INSERT INTO segment(id, size, live, runs) VALUES (?, ?, ?, ?)",
+            [(each.id, each.size, live, msgspec.msgpack.encode(each.runs)) for each, live in segments],
+        )
+
+    async def add_live(self, segment: int, delta: int) -> int | None:
+        self.changes += 1
+        rows = self._run("UPDATE segment SET live = live + ? WHERE id = ? RETURNING live", (delta, segment)).fetchall()
+        return rows[0][0] if rows else None
+
+    async def queue_deletion(self, segment: int, due: int) -> None:
+        self.changes += 1
+        self._run("REPLACE INTO deletion(segment, due) VALUES (?, ?)", (segment, due))
+
+    async def dead_segments(self, due: int, limit: int) -> list[int]:
+        rows = self._run(
+            "SELECT segment FROM deletion WHERE due <= ? ORDER BY segment LIMIT ?", (due, limit)
+        ).fetchall()
+        return [row[0] for row in rows]
+
+    async def delete_segments(self, ids: Sequence[int]) -> None:
+        self.changes += 2 * len(ids)
+        keys = [(id_,) for id_ in ids]
+        self._run_many("DELETE FROM segment WHERE id = ?", keys)
+        self._run_many("DELETE FROM deletion WHERE segment = ?", keys)
+
+    # Counters
+
+    def usage(self) -> Usage:
+        return self._usage
+
+    def add_usage(self, bytes_: int, inodes: int) -> None:
+        self._usage.bytes += bytes_
+        self._usage.inodes += inodes

@@ -1,0 +1,294 @@
+"""The process behind a mount: serves the kernel until it is unmounted, then writes everything back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import datetime
+import errno
+import faulthandler
+import logging
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import TextIO
+
+import uvloop
+
+from polefs import __version__
+from polefs.client import SETTINGS, AccessTimes, PoleFileSystem, VolumeSpace
+from polefs.node import control
+from polefs.node.errors import Refusal, plain
+from polefs.node.fuse import check_fuse, explain
+from polefs.node.lock import Holder
+from polefs.node.logs import LEVELS, current_level, set_level, set_up_logging
+from polefs.node.mountinfo import find_mount
+from polefs.node.mountpoint import check_mountpoint
+from polefs.node.options import MountRequest
+from polefs.node.status import Status
+from polefs.node.storage import Storage, open_storage
+from polefs.node.volume import Volume, open_or_make_volume
+from rawfuse import MountOptions, Session
+from rawfuse.mount import unmount
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL = 0.2
+"""Between two progress messages, seconds."""
+
+
+def run(request: MountRequest, ready: Callable[[], None]) -> None:
+    """Mount and serve until unmounted; ``ready`` is called once the mount can be used. Raises ``Refusal`` when it
+    cannot be mounted, ``OSError`` when contents could not be written back at the end."""
+    request.mountpoint = check_mountpoint(request.mountpoint, request.volume, nonempty=request.nonempty)
+    check_fuse()
+    os.umask(0o077)
+    volume = open_or_make_volume(request.volume, Holder(os.getpid(), "mount", request.mountpoint))
+    try:
+        if request.log_file is None and not request.foreground:
+            request.log_file = volume.log_file
+        set_up_logging(request.log_level, request.log_file)
+        faulthandler.enable()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _raise_file_limit()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            if request.profile is None:
+                runner.run(serve_volume(volume, request, ready))
+            else:
+                _run_profiled(runner, volume, request, ready)
+    except OSError as error:
+        log.error("%s", plain(error))
+        raise
+    finally:
+        volume.unlock()
+
+
+async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[], None]) -> None:
+    """Join the volume's storage, the file system and the kernel, until the end of the mount."""
+    with contextlib.ExitStack() as stack:
+        trace: TextIO | None = None
+        if request.trace is not None:
+            trace = stack.enter_context(_open_trace(request.trace))
+        storage = await open_storage(volume)
+        options = MountOptions(
+            source=volume.path,
+            subtype="polefs",
+            read_only=request.read_only,
+            allow_other=request.allow_other,
+            default_permissions=True,
+            flags=request.flags,
+        )
+        space = VolumeSpace(storage.meta, storage.files, storage.objects.space)
+        times = AccessTimes(storage.meta, request.atime, directories=request.directory_atime)
+        filesystem = PoleFileSystem(storage.meta, storage.files, space, times)
+        session = Session(filesystem, request.mountpoint, options, settings=SETTINGS, trace=trace)
+        mounted = MountedVolume(volume, request, storage, session)
+        try:
+            server = await control.ControlServer.start(volume.path, mounted)
+        except BaseException:
+            await storage.close()
+            raise
+        try:
+            await mounted.serve(ready)
+        finally:
+            await server.close()
+
+
+class MountedVolume:
+    """A volume while it is mounted: its life from mount to the last byte saved, and the answers to control requests."""
+
+    def __init__(self, volume: Volume, request: MountRequest, storage: Storage, session: Session) -> None:
+        self._volume = volume
+        self._request = request
+        self._storage = storage
+        self._session = session
+        self._since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._mounted = asyncio.Event()
+        self._detached = asyncio.Event()
+        """The kernel has let go of the mount."""
+        self._saved = asyncio.Event()
+        """All is written back and closed, or has failed (``_failure``)."""
+        self._failure: OSError | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Mount, serve, save. Raises ``Refusal`` when the mount fails, ``OSError`` when saving does."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            await self._mount()
+            ready()
+            log.info("mounted %s on %s, polefs %s", self._volume.path, self._request.mountpoint, __version__)
+            await self._session.serve()
+        finally:
+            self._detached.set()
+            try:
+                await asyncio.to_thread(_remove_dead_mount, self._request.mountpoint, self._volume.path)
+            finally:
+                await self._save()
+        log.info("unmounted %s", self._request.mountpoint)
+
+    async def answer(self, request: control.Request) -> AsyncIterator[control.Reply]:
+        """The control requests (``control.Handler``)."""
+        match request:
+            case control.GetStatus():
+                yield control.StatusReply(await self._status())
+            case control.SetLogLevel(level):
+                if level not in LEVELS:
+                    raise Refusal(errno.EINVAL, f"unknown log level '{level}': the levels are {', '.join(LEVELS)}")
+                set_level(level)
+                yield control.Done()
+            case control.Flush():
+                async for progress in self._until(asyncio.ensure_future(self._flush())):
+                    yield progress
+                yield control.Done()
+            case control.Unmount(lazy):
+                async for progress in self._until(asyncio.ensure_future(self._unmount(lazy))):
+                    yield progress
+                async for progress in self._until(asyncio.ensure_future(self._saved.wait())):
+                    yield progress
+                if self._failure is not None:
+                    raise self._failure
+                yield control.Done()
+
+    async def _mount(self) -> None:
+        try:
+            await self._session.mount()
+        except OSError as error:
+            raise explain(error, self._request.mountpoint) from error
+        self._mounted.set()
+
+    async def _unmount(self, lazy: bool) -> None:
+        """``lazy``: programs that still use the mount are cut off, after what they have written has come in."""
+        if lazy:
+            await asyncio.to_thread(_sync_mount, self._request.mountpoint)
+        try:
+            await self._session.unmount(lazy=lazy)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            mountpoint = self._request.mountpoint
+            raise Refusal(
+                errno.EBUSY,
+                f"{mountpoint} is in use: end the programs that use it (fuser -vm {mountpoint} shows them), or detach "
+                f"it with polefs umount --lazy {mountpoint}",
+            ) from None
+
+    async def _save(self) -> None:
+        try:
+            await self._storage.close()
+        except OSError as error:
+            self._failure = Refusal(
+                error.errno or errno.EIO,
+                f"contents could not be written back ({plain(error)}): they are kept in {self._volume.local} and the "
+                "next mount writes them back",
+            )
+            raise self._failure from error
+        finally:
+            self._saved.set()
+
+    async def _flush(self) -> None:
+        """What the kernel has not yet sent to us, then what we have not yet written back."""
+        await asyncio.to_thread(_sync_mount, self._request.mountpoint)
+        await self._storage.files.flush()
+
+    async def _until(self, task: asyncio.Future[object]) -> AsyncIterator[control.Progress]:
+        """Progress at intervals until the task is done; raises what it raises."""
+        while not task.done():
+            yield control.Progress(self._storage.files.dirty_bytes)
+            await asyncio.wait({task}, timeout=PROGRESS_INTERVAL)
+        task.result()
+
+    async def _status(self) -> Status:
+        usage = await self._storage.meta.usage()
+        info = self._volume.info
+        return Status(
+            volume=self._volume.path,
+            name=info.name,
+            uuid=info.uuid,
+            format=info.format,
+            mounted=not self._detached.is_set(),
+            bytes_used=usage.bytes,
+            bytes_limit=usage.bytes_limit,
+            inodes_used=usage.inodes,
+            inodes_limit=usage.inodes_limit,
+            dirty_bytes=self._storage.files.dirty_bytes,
+            mountpoint=self._request.mountpoint,
+            pid=os.getpid(),
+            since=self._since,
+            read_only=self._request.read_only,
+            saving=self._detached.is_set(),
+            log_file=self._request.log_file,
+            log_level=current_level(),
+            version=__version__,
+        )
+
+    def _on_signal(self, number: int) -> None:
+        if self._stopping is None:
+            log.info("%s: unmounting", signal.Signals(number).name)
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+
+    async def _stop(self) -> None:
+        """Unmount because of a signal: also when programs use the mount. A failure is logged, and the next signal tries
+        again."""
+        await self._mounted.wait()
+        try:
+            try:
+                await self._session.unmount()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                log.warning("%s is in use: cutting off the programs that use it", self._request.mountpoint)
+                await self._unmount(lazy=True)
+        except OSError as error:
+            if not self._detached.is_set():
+                log.error("cannot unmount %s: %s", self._request.mountpoint, plain(error))
+                self._stopping = None
+
+
+def _sync_mount(mountpoint: str) -> None:
+    """Let the kernel send what it holds dirty of our mount (syncfs(2)). For a thread: it asks us."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), mountpoint)
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_mount(mountpoint: str, volume: str) -> None:
+    """Detach our mount when it is still there: its connection was aborted, or we failed after it had been made."""
+    mount = find_mount(mountpoint)
+    if mount is not None and mount.is_polefs and mount.source == volume:
+        log.warning("the connection of %s has ended before it was unmounted: detaching it", mountpoint)
+        with contextlib.suppress(OSError):
+            unmount(mountpoint, lazy=True)
+
+
+def _open_trace(path: str) -> TextIO:
+    try:
+        return open(path, "w", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise Refusal(error.errno or errno.EIO, f"cannot write the trace {path}: {error.strerror}") from None
+
+
+def _raise_file_limit() -> None:
+    """As many open files as we are allowed: replicas, objects and backing files each take a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _run_profiled(runner: asyncio.Runner, volume: Volume, request: MountRequest, ready: Callable[[], None]) -> None:
+    import cProfile
+
+    profile = cProfile.Profile()
+    try:
+        profile.runcall(runner.run, serve_volume(volume, request, ready))
+    finally:
+        profile.dump_stats(str(request.profile))

@@ -1,0 +1,34 @@
+"""What is known of a volume: from its daemon while it is mounted, from its files otherwise."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """Sizes are bytes; limits of 0 mean none. Fields of the daemon are None while the volume is not mounted."""
+
+    volume: str
+    name: str
+    uuid: str
+    format: int
+    mounted: bool
+    bytes_used: int
+    bytes_limit: int
+    inodes_used: int
+    inodes_limit: int
+    dirty_bytes: int | None = None
+    """Contents not yet written back to the object store; the volume's local directory holds them."""
+    mountpoint: str | None = None
+    """With ``mounted`` and ``saving`` not set: a dead mount, whose daemon was killed."""
+    pid: int | None = None
+    since: str | None = None
+    """When it was mounted, ISO 8601 with the zone."""
+    read_only: bool | None = None
+    saving: bool | None = None
+    """Unmounted, still writing back."""
+    log_file: str | None = None
+    """None also when the daemon logs to stderr."""
+    log_level: str | None = None
+    version: str | None = None
+    """Of the polefs that has mounted it."""

@@ -1,0 +1,117 @@
+"""Opening what a volume stores: its metadata and its contents."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from polefs.meta.store.base import FormatError
+from polefs.meta.store.sqlite import SqliteStore
+from polefs.node.errors import Refusal, plain
+from polefs.node.status import Status
+
+if TYPE_CHECKING:
+    from polefs.data.files import FileStore
+    from polefs.meta.service import MetaService
+    from polefs.node.volume import Volume
+    from polefs.objects.directory import DirectoryStore
+
+
+class Storage:
+    """Metadata and contents of one locked volume, open."""
+
+    def __init__(self, meta: MetaService, objects: DirectoryStore, files: FileStore) -> None:
+        self.meta = meta
+        self.objects = objects
+        self.files = files
+
+    async def close(self) -> None:
+        """Write back everything, then close. When contents cannot be written back they stay in the volume's ``local``
+        directory, all the rest is closed, and the ``OSError`` is raised."""
+        try:
+            await self.files.close()
+        finally:
+            try:
+                await self.meta.close()
+            finally:
+                await self.objects.close()
+
+
+async def open_storage(volume: Volume) -> Storage:
+    """Open a locked volume and finish what a killed daemon has left. ``Refusal`` when a part is missing or damaged."""
+    from polefs.data.files import FileStore
+    from polefs.meta.service import MetaService
+    from polefs.objects.directory import DirectoryStore
+
+    store = open_store(volume)
+    meta = MetaService(store)
+    objects = DirectoryStore(volume.objects)
+    files = FileStore(meta, objects, volume.local)
+    try:
+        await meta.start()
+        await files.recover()
+        files.start()
+    except OSError as error:
+        await meta.close()
+        await objects.close()
+        raise Refusal(
+            error.errno or errno.EIO, f"cannot bring back the contents kept in {volume.local}: {plain(error)}"
+        ) from error
+    return Storage(meta, objects, files)
+
+
+def make_store(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> str:
+    """Make the database of a new volume, durably; its uuid."""
+    store = SqliteStore.create(path, name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
+    try:
+        return str(store.uuid)
+    finally:
+        store.shutdown()
+
+
+def open_store(volume: Volume, *, read_only: bool = False) -> SqliteStore:
+    """``Refusal``: EPROTO (newer format), ENOENT, EIO (damaged), EACCES."""
+    with _refusals(volume):
+        return SqliteStore.open(volume.meta, read_only=read_only)
+
+
+def read_status(volume: Volume) -> Status:
+    """What the files of a volume tell while no daemon works on it."""
+    from polefs.meta.service import MetaService
+
+    store = open_store(volume, read_only=True)
+    try:
+        usage = asyncio.run(MetaService(store).usage())
+    finally:
+        store.shutdown()
+    return Status(
+        volume=volume.path,
+        name=volume.info.name,
+        uuid=volume.info.uuid,
+        format=volume.info.format,
+        mounted=False,
+        bytes_used=usage.bytes,
+        bytes_limit=usage.bytes_limit,
+        inodes_used=usage.inodes,
+        inodes_limit=usage.inodes_limit,
+    )
+
+
+@contextmanager
+def _refusals(volume: Volume) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise Refusal(errno.EPROTO, str(error)) from None
+    except FileNotFoundError:
+        raise Refusal(
+            errno.ENOENT, f"volume {volume.path} has lost its metadata {volume.meta}: restore it from a copy"
+        ) from None
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        raise Refusal(errno.EIO, f"the metadata {volume.meta} is damaged ({error}): restore it from a copy") from None
+    except OSError as error:
+        raise Refusal(error.errno or errno.EIO, f"cannot open the metadata of {volume.path}: {plain(error)}") from None

@@ -1,0 +1,230 @@
+"""A volume directory: its layout, how it is made, and the refusals of what cannot be one.
+
+::
+
+    volume.json    format, name, uuid: written last when a volume is made, so it is whole when this file exists
+    lock           held while the volume is mounted or checked
+    meta.db        metadata (SQLite), with its -wal and -shm
+    objects/       contents: immutable objects
+    local/         contents not yet written back, and their journal
+    control.sock   the daemon of a mounted volume
+    log/           polefs.log, rotated
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+
+import msgspec
+
+from polefs.node.errors import Refusal
+from polefs.node.lock import Holder, Locked, VolumeLock, lock_holder
+
+FORMAT = 1
+"""The format of the volume directory that this software writes; it reads no newer one."""
+
+_UNFINISHED = "volume.json.new"
+"""Stands in the directory while a volume is being made, and becomes ``volume.json``. Without it a directory that lacks
+``volume.json`` is never taken for an interrupted creation, so a damaged volume is not made anew over its contents."""
+
+_OWN_NAMES = frozenset(
+    [_UNFINISHED, "lock", "meta.db", "meta.db-wal", "meta.db-shm", "meta.db-journal", "objects", "local", "log"]
+)
+"""What an interrupted creation may have left behind."""
+
+_IGNORED_NAMES = frozenset(["lost+found"])
+"""What stands in the root directory of a fresh disk."""
+
+
+class VolumeInfo(msgspec.Struct, frozen=True):
+    """The contents of ``volume.json``."""
+
+    format: int
+    name: str
+    uuid: str
+    store: str = "sqlite"
+    objects: str = "directory"
+
+
+class Volume:
+    """A volume that exists, and the paths of its parts. ``path`` is absolute and without symbolic links."""
+
+    def __init__(self, path: str, info: VolumeInfo, lock: VolumeLock | None = None) -> None:
+        self.path = path
+        self.info = info
+        self.meta = os.path.join(path, "meta.db")
+        self.objects = os.path.join(path, "objects")
+        self.local = os.path.join(path, "local")
+        self.log_file = os.path.join(path, "log", "polefs.log")
+        self._lock = lock
+
+    def lock(self, holder: Holder) -> None:
+        """Take the volume's lock. ``Refusal`` EBUSY says who has it; EACCES, EROFS: not ours to write."""
+        self._lock = _take_lock(self.path, holder)
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def default_volume() -> str:
+    """``$XDG_DATA_HOME/polefs/default`` (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.local/share")
+    return os.path.join(base, "polefs", "default")
+
+
+def open_volume(path: str) -> Volume:
+    """An existing volume, not locked. ``Refusal``: ENOENT, ENOTDIR, EINVAL (no volume, or a damaged one), EPROTO (of a
+    newer format), EACCES."""
+    path = os.path.realpath(path)
+    file = os.path.join(path, "volume.json")
+    try:
+        with open(file, "rb") as stream:
+            info = msgspec.json.decode(stream.read())
+    except FileNotFoundError:
+        if os.path.isdir(path):
+            raise Refusal(errno.EINVAL, f"{path} is no polefs volume: make one with polefs format {path}") from None
+        raise Refusal(errno.ENOENT, f"there is no volume {path}: make one with polefs format {path}") from None
+    except NotADirectoryError:
+        raise Refusal(errno.ENOTDIR, f"volume {path} is not a directory: give the directory of a volume") from None
+    except msgspec.DecodeError as error:
+        raise Refusal(errno.EINVAL, f"{file} is damaged ({error}): restore it from a copy") from None
+    except OSError as error:
+        raise _unusable(path, error) from None
+    version = info.get("format") if isinstance(info, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise Refusal(
+            errno.EPROTO, f"volume {path} has format {version}, this polefs reads up to {FORMAT}: upgrade polefs"
+        )
+    try:
+        return Volume(path, msgspec.convert(info, VolumeInfo))
+    except msgspec.ValidationError as error:
+        raise Refusal(errno.EINVAL, f"{file} is damaged ({error}): restore it from a copy") from None
+
+
+def open_or_make_volume(path: str, holder: Holder) -> Volume:
+    """The volume, locked; made first when the directory is empty or does not exist."""
+    if not os.path.exists(os.path.join(path, "volume.json")) and not _has_foreign_files(path):
+        try:
+            return make_volume(path, holder)
+        except Refusal as error:
+            if error.errno != errno.EEXIST:
+                raise
+    volume = open_volume(path)
+    volume.lock(holder)
+    return volume
+
+
+def make_volume(
+    path: str, holder: Holder, *, name: str | None = None, bytes_limit: int = 0, inodes_limit: int = 0
+) -> Volume:
+    """Make a volume and return it locked. Limits of 0 mean none. ``Refusal``: EEXIST when it is a volume already,
+    ENOTEMPTY, ENOTDIR, EACCES, EROFS, ENOSPC, EBUSY (somebody else is making it)."""
+    path = os.path.realpath(path)
+    if name is None:
+        name = os.path.basename(path) or "polefs"
+    if _has_foreign_files(path):
+        if os.path.lexists(os.path.join(path, "volume.json")):
+            raise Refusal(
+                errno.EEXIST, f"{path} is a polefs volume already: give another directory, or remove it first"
+            )
+        raise Refusal(errno.ENOTEMPTY, f"{path} is not empty and is no polefs volume: give an empty or a new directory")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        lock = _take_lock(path, holder)
+    except Refusal:
+        raise
+    except OSError as error:
+        raise _unusable(path, error) from None
+    try:
+        return Volume(path, _fill(path, name, bytes_limit, inodes_limit), lock)
+    except BaseException as error:
+        lock.release()
+        if isinstance(error, OSError) and not isinstance(error, Refusal):
+            raise _unusable(path, error) from None
+        raise
+
+
+def is_locked(path: str) -> bool:
+    """Whether a process works on the volume now. False for what is no volume or not ours to read."""
+    try:
+        return lock_holder(os.path.join(path, "lock"))[0]
+    except OSError:
+        return False
+
+
+def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int) -> VolumeInfo:
+    """All parts of a new volume, durable; ``volume.json`` last."""
+    from polefs.node.storage import make_store
+
+    final = os.path.join(path, "volume.json")
+    if os.path.lexists(final):
+        raise Refusal(errno.EEXIST, f"{path} has just been made a volume by another process: try again")
+    with open(os.path.join(path, _UNFINISHED), "wb") as file:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(path, "meta.db" + suffix))
+        for directory in ("objects", "local", "log"):
+            os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
+        uuid = make_store(os.path.join(path, "meta.db"), name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
+        info = VolumeInfo(FORMAT, name, uuid)
+        file.write(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(file.name, final)
+    directory_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)
+    return info
+
+
+def _has_foreign_files(path: str) -> bool:
+    """Whether a directory holds anything that an interrupted creation would not have left. One that does not exist or
+    cannot be read holds nothing."""
+    try:
+        names = set(os.listdir(path)) - _IGNORED_NAMES
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _unusable(path, error) from None
+    if _UNFINISHED in names:
+        return not names <= _OWN_NAMES
+    return not names <= {"lock"}
+
+
+def _take_lock(path: str, holder: Holder) -> VolumeLock:
+    try:
+        return VolumeLock(os.path.join(path, "lock"), holder)
+    except Locked as error:
+        raise Refusal(errno.EBUSY, _who(path, error.holder)) from None
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
+def _who(path: str, holder: Holder | None) -> str:
+    if holder is None:
+        return f"volume {path} is in use by another process: try again when that has ended"
+    if holder.doing == "mount":
+        return (
+            f"volume {path} is mounted on {holder.mountpoint} by process {holder.pid}: unmount it first "
+            f"(polefs umount {holder.mountpoint})"
+        )
+    what = "checked" if holder.doing == "check" else "made"
+    return f"volume {path} is being {what} by process {holder.pid}: try again when that has ended"
+
+
+def _unusable(path: str, error: OSError) -> Refusal:
+    if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and not os.path.isdir(path)):
+        return Refusal(errno.ENOTDIR, f"volume {path} is not a directory: give the directory of a volume, or a new one")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Refusal(
+            error.errno, f"cannot write to volume {path}: {error.strerror}: give a directory that you may write to"
+        )
+    return Refusal(error.errno or errno.EIO, f"cannot use volume {path}: {error.strerror or error}")

@@ -1,0 +1,414 @@
+"""The same random operations on the file system and on a local directory: everything visible must agree."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from tests.mounted.harness import STRESS
+from tests.mounted.peer import ALICE, Peer
+from tests.mounted.syscalls import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, link_fd, rename2
+from tests.mounted.targets import PolefsTarget, Target
+
+NAMES = ("a", "b", "c")
+paths = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
+modes = st.sampled_from([0o000, 0o644, 0o600, 0o755, 0o777, 0o1777, 0o2775, 0o4755, 0o6777])
+sizes = st.sampled_from([0, 1, 10, 4095, 4096, 4097, 10_000, 70_000, 200_000])
+owners = st.sampled_from([-1, 0, ALICE.uid, 5])
+xattrs = st.sampled_from(["user.one", "user.two", "trusted.three"])
+as_alice = st.sampled_from([False, False, True])
+slots = st.integers(0, 2)
+NONBLOCK = os.O_NONBLOCK
+"""Nobody opens the other end of a fifo here."""
+
+OLD = 1_000_000_000 * 10**9
+"""Times that tests set lie before this, so that they are told from times of the clock."""
+
+
+# The operations: functions of a root directory, so that they run on both sides and in processes of other users.
+
+
+def make_file(root: str, path: str, mode: int, data: bytes, flags: int) -> int:
+    fd = os.open(f"{root}/{path}", os.O_WRONLY | os.O_CREAT | NONBLOCK | flags, mode)
+    try:
+        return os.write(fd, data) if data else 0
+    finally:
+        os.close(fd)
+
+
+def write_at(root: str, path: str, offset: int, data: bytes) -> int:
+    fd = os.open(f"{root}/{path}", os.O_WRONLY | NONBLOCK)
+    try:
+        return os.pwrite(fd, data, offset)
+    finally:
+        os.close(fd)
+
+
+def read_at(root: str, path: str, offset: int, size: int) -> bytes:
+    fd = os.open(f"{root}/{path}", os.O_RDONLY | NONBLOCK)
+    try:
+        return os.pread(fd, size, offset)
+    finally:
+        os.close(fd)
+
+
+def allocate(root: str, path: str, mode: int, offset: int, size: int) -> None:
+    fd = os.open(f"{root}/{path}", os.O_RDWR | NONBLOCK)
+    try:
+        fallocate(fd, mode, offset, size)
+    finally:
+        os.close(fd)
+
+
+def copy_range(root: str, source: str, target: str, source_at: int, target_at: int, length: int) -> int:
+    one = os.open(f"{root}/{source}", os.O_RDONLY | NONBLOCK)
+    try:
+        two = os.open(f"{root}/{target}", os.O_WRONLY | NONBLOCK)
+        try:
+            done = 0
+            while done < length:
+                step = os.copy_file_range(one, two, length - done, source_at + done, target_at + done)
+                if step == 0:
+                    break
+                done += step
+            return done
+        finally:
+            os.close(two)
+    finally:
+        os.close(one)
+
+
+def make_directory(root: str, path: str, mode: int) -> None:
+    os.mkdir(f"{root}/{path}", mode)
+
+
+def make_special(root: str, path: str, kind: int, mode: int) -> None:
+    os.mknod(f"{root}/{path}", kind | mode, os.makedev(1, 3) if kind != stat.S_IFIFO else 0)
+
+
+def make_symlink(root: str, path: str, target: str) -> None:
+    os.symlink(target, f"{root}/{path}")
+
+
+def make_link(root: str, path: str, new: str) -> None:
+    os.link(f"{root}/{path}", f"{root}/{new}", follow_symlinks=False)
+
+
+def make_tmpfile(root: str, directory: str, mode: int, data: bytes, new: str) -> None:
+    fd = os.open(f"{root}/{directory}", os.O_TMPFILE | os.O_RDWR, mode)
+    try:
+        os.write(fd, data)
+        link_fd(fd, f"{root}/{new}")
+    finally:
+        os.close(fd)
+
+
+def remove_file(root: str, path: str) -> None:
+    os.unlink(f"{root}/{path}")
+
+
+def remove_directory(root: str, path: str) -> None:
+    os.rmdir(f"{root}/{path}")
+
+
+def move(root: str, old: str, new: str, flags: int) -> None:
+    rename2(f"{root}/{old}", f"{root}/{new}", flags)
+
+
+def change_mode(root: str, path: str, mode: int) -> None:
+    os.chmod(f"{root}/{path}", mode)
+
+
+def change_owner(root: str, path: str, uid: int, gid: int) -> None:
+    os.chown(f"{root}/{path}", uid, gid, follow_symlinks=False)
+
+
+def cut(root: str, path: str, size: int) -> None:
+    os.truncate(f"{root}/{path}", size)
+
+
+def set_times(root: str, path: str, atime: int, mtime: int) -> None:
+    os.utime(f"{root}/{path}", ns=(atime, mtime), follow_symlinks=False)
+
+
+def set_attribute(root: str, path: str, name: str, value: bytes, flags: int) -> None:
+    os.setxattr(f"{root}/{path}", name, value, flags)
+
+
+def remove_attribute(root: str, path: str, name: str) -> None:
+    os.removexattr(f"{root}/{path}", name)
+
+
+def list_directory(root: str, path: str) -> list[str]:
+    return sorted(os.listdir(f"{root}/{path}"))
+
+
+def may(root: str, path: str, access: int) -> bool:
+    return os.access(f"{root}/{path}", access)
+
+
+class Comparison(RuleBasedStateMachine):
+    """Two roots, the same calls on both; slots hold files open past their names."""
+
+    def __init__(self, target: Target, mounted: Path, local: Path, alice: Peer, remount: bool) -> None:
+        super().__init__()
+        self.target = target
+        self.roots = (Path(tempfile.mkdtemp(dir=local)), Path(tempfile.mkdtemp(dir=mounted)))
+        self.alice = alice
+        self.remount = remount
+        self.slots: dict[int, tuple[int, int]] = {}
+        for root in self.roots:
+            root.chmod(0o777)
+
+    def both(self, alice: bool, function: Callable[..., Any], *arguments: Any) -> None:
+        outcomes = []
+        for root in self.roots:
+            try:
+                if alice:
+                    outcomes.append(("returned", self.alice.call(function, str(root), *arguments)))
+                else:
+                    outcomes.append(("returned", function(str(root), *arguments)))
+            except OSError as error:
+                outcomes.append(("failed", errno.errorcode[error.errno or 0]))
+        assert outcomes[0] == outcomes[1], f"local {outcomes[0]}, mounted {outcomes[1]}"
+
+    @rule(
+        alice=as_alice,
+        path=paths,
+        mode=modes,
+        size=sizes,
+        flags=st.sampled_from([0, os.O_EXCL, os.O_TRUNC, os.O_APPEND]),
+    )
+    def make_file(self, alice: bool, path: str, mode: int, size: int, flags: int) -> None:
+        self.both(alice, make_file, path, mode, bytes([65 + size % 26]) * size, flags)
+
+    @rule(alice=as_alice, path=paths, offset=sizes, size=sizes, letter=st.sampled_from(b"xyz"))
+    def write_at(self, alice: bool, path: str, offset: int, size: int, letter: int) -> None:
+        self.both(alice, write_at, path, offset, bytes([letter]) * size)
+
+    @rule(alice=as_alice, path=paths, offset=sizes, size=sizes)
+    def read_at(self, alice: bool, path: str, offset: int, size: int) -> None:
+        self.both(alice, read_at, path, offset, size)
+
+    @rule(
+        path=paths,
+        mode=st.sampled_from([0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE]),
+        offset=sizes,
+        size=sizes,
+    )
+    def allocate(self, path: str, mode: int, offset: int, size: int) -> None:
+        self.both(False, allocate, path, mode, offset, size)
+
+    @rule(source=paths, sink=paths, source_at=sizes, target_at=sizes, length=sizes)
+    def copy_range(self, source: str, sink: str, source_at: int, target_at: int, length: int) -> None:
+        self.both(False, copy_range, source, sink, source_at, target_at, length)
+
+    @rule(alice=as_alice, path=paths, mode=modes)
+    def make_directory(self, alice: bool, path: str, mode: int) -> None:
+        self.both(alice, make_directory, path, mode)
+
+    @rule(alice=as_alice, path=paths, kind=st.sampled_from([stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK]), mode=modes)
+    def make_special(self, alice: bool, path: str, kind: int, mode: int) -> None:
+        self.both(alice, make_special, path, kind, mode)
+
+    @rule(alice=as_alice, path=paths, to=paths)
+    def make_symlink(self, alice: bool, path: str, to: str) -> None:
+        self.both(alice, make_symlink, path, to)
+
+    @rule(path=paths, new=paths)
+    def make_link(self, path: str, new: str) -> None:
+        self.both(False, make_link, path, new)
+
+    @rule(directory=paths, mode=modes, size=sizes, new=paths)
+    def make_tmpfile(self, directory: str, mode: int, size: int, new: str) -> None:
+        self.both(False, make_tmpfile, directory, mode, b"t" * size, new)
+
+    @rule(alice=as_alice, path=paths)
+    def remove_file(self, alice: bool, path: str) -> None:
+        self.both(alice, remove_file, path)
+
+    @rule(alice=as_alice, path=paths)
+    def remove_directory(self, alice: bool, path: str) -> None:
+        self.both(alice, remove_directory, path)
+
+    @rule(alice=as_alice, old=paths, new=paths, flags=st.sampled_from([0, 0, 1, 2, 4]))
+    def move(self, alice: bool, old: str, new: str, flags: int) -> None:
+        self.both(alice, move, old, new, flags)
+
+    @rule(alice=as_alice, path=paths, mode=modes)
+    def change_mode(self, alice: bool, path: str, mode: int) -> None:
+        self.both(alice, change_mode, path, mode)
+
+    @rule(alice=as_alice, path=paths, uid=owners, gid=owners)
+    def change_owner(self, alice: bool, path: str, uid: int, gid: int) -> None:
+        if uid == gid == -1:
+            return  # clears set-id bits, which the kernel does not tell a FUSE server (fs/fuse/dir.c: fuse_do_setattr)
+        self.both(alice, change_owner, path, uid, gid)
+
+    @rule(alice=as_alice, path=paths, size=sizes)
+    def cut(self, alice: bool, path: str, size: int) -> None:
+        self.both(alice, cut, path, size)
+
+    @rule(alice=as_alice, path=paths, atime=st.integers(-OLD, OLD), mtime=st.integers(-OLD, OLD))
+    def set_times(self, alice: bool, path: str, atime: int, mtime: int) -> None:
+        self.both(alice, set_times, path, atime, mtime)
+
+    @rule(alice=as_alice, path=paths, name=xattrs, size=st.integers(0, 50), flags=st.sampled_from([0, 0, 1, 2]))
+    def set_attribute(self, alice: bool, path: str, name: str, size: int, flags: int) -> None:
+        self.both(alice, set_attribute, path, name, b"v" * size, flags)
+
+    @rule(alice=as_alice, path=paths, name=xattrs)
+    def remove_attribute(self, alice: bool, path: str, name: str) -> None:
+        self.both(alice, remove_attribute, path, name)
+
+    @rule(alice=as_alice, path=paths)
+    def list_directory(self, alice: bool, path: str) -> None:
+        self.both(alice, list_directory, path)
+
+    @rule(alice=as_alice, path=paths, access=st.integers(0, 7))
+    def may(self, alice: bool, path: str, access: int) -> None:
+        self.both(alice, may, path, access)
+
+    @rule(slot=slots, path=paths)
+    def hold(self, slot: int, path: str) -> None:
+        self.release(slot)
+        fds = []
+        for root in self.roots:
+            try:
+                fds.append(os.open(root / path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW))
+            except OSError as error:
+                fds.append(-(error.errno or 0))
+        if min(fds) < 0:
+            assert fds[0] == fds[1], f"local {fds[0]}, mounted {fds[1]}"
+        elif stat.S_ISREG(os.fstat(fds[0]).st_mode):
+            self.slots[slot] = (fds[0], fds[1])
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    @rule(slot=slots)
+    def release(self, slot: int) -> None:
+        for fd in self.slots.pop(slot, ()):
+            os.close(fd)
+
+    @rule(slot=slots, offset=sizes, size=sizes)
+    def write_held(self, slot: int, offset: int, size: int) -> None:
+        for fd in self.slots.get(slot, ()):
+            assert os.pwrite(fd, b"h" * size, offset) == size
+
+    @rule(slot=slots, size=sizes)
+    def cut_held(self, slot: int, size: int) -> None:
+        for fd in self.slots.get(slot, ()):
+            os.ftruncate(fd, size)
+
+    @rule(slot=slots)
+    def sync_held(self, slot: int) -> None:
+        for fd in self.slots.get(slot, ()):
+            os.fsync(fd)
+
+    @invariant()
+    def same_attributes(self) -> None:
+        seen = [self.attributes(root) for root in self.roots]
+        assert seen[0] == seen[1]
+        self.compare_time_order()
+        for local, mounted in self.slots.values():
+            one, two = os.fstat(local), os.fstat(mounted)
+            assert (one.st_mode, one.st_nlink, one.st_size) == (two.st_mode, two.st_nlink, two.st_size)
+
+    @staticmethod
+    def walk(root: Path) -> Iterator[str]:
+        for parent, directories, files in os.walk(root):
+            for name in [*directories, *files]:
+                yield os.path.join(parent, name)
+
+    def attributes(self, root: Path) -> dict[str, tuple[object, ...]]:
+        found: dict[str, tuple[object, ...]] = {}
+        for path in self.walk(root):
+            made = os.lstat(path)
+            size = -1 if stat.S_ISDIR(made.st_mode) else made.st_size
+            set_mtime = made.st_mtime_ns if made.st_mtime_ns <= OLD else None
+            name = os.path.relpath(path, root)
+            found[name] = (made.st_mode, made.st_nlink, made.st_uid, made.st_gid, size, made.st_rdev, set_mtime)
+        return found
+
+    def compare_time_order(self) -> None:
+        """What is strictly newer on the local side is not older on the mounted one."""
+        local, mounted = self.roots
+        times = []
+        for path in self.walk(local):
+            name = os.path.relpath(path, local)
+            times.append((os.lstat(path).st_mtime_ns, os.lstat(mounted / name).st_mtime_ns, name))
+        times.sort()
+        for (local_a, mounted_a, a), (local_b, mounted_b, b) in itertools.pairwise(times):
+            assert local_a == local_b or mounted_a <= mounted_b, f"{a} is newer than {b} on the mount alone"
+
+    def contents(self, root: Path) -> dict[str, tuple[object, ...]]:
+        found: dict[str, tuple[object, ...]] = {}
+        for path in self.walk(root):
+            mode = os.lstat(path).st_mode
+            content: bytes | str = b""
+            if stat.S_ISREG(mode):
+                content = Path(path).read_bytes()
+            elif stat.S_ISLNK(mode):
+                content = os.readlink(path)
+            names = sorted(os.listxattr(path, follow_symlinks=False))
+            values = [(name, os.getxattr(path, name, follow_symlinks=False)) for name in names]
+            found[os.path.relpath(path, root)] = (content, values)
+        return found
+
+    def compare_contents(self) -> None:
+        local, mounted = (self.contents(root) for root in self.roots)
+        assert local.keys() == mounted.keys()
+        for name, expected in local.items():
+            assert mounted[name] == expected, f"{name} differs"
+
+    @rule()
+    def same_contents(self) -> None:
+        self.compare_contents()
+        for local, mounted in self.slots.values():
+            assert os.pread(local, 1 << 20, 0) == os.pread(mounted, 1 << 20, 0)
+
+    def teardown(self) -> None:
+        for slot in list(self.slots):
+            self.release(slot)
+        self.compare_contents()
+        if self.remount and isinstance(self.target, PolefsTarget):
+            self.target.remount()
+            self.same_attributes()
+            self.compare_contents()
+
+
+@pytest.mark.deadline(7200 if STRESS else 240)
+def test_same_as_a_plain_directory(root: Path, target: Target) -> None:
+    """Every tenth run ends with an unmount and a mount, after which all must still be the same."""
+    local = Path(tempfile.mkdtemp(prefix="polefs-model-", dir=os.environ.get("POLEFS_TEST_DIR")))
+    local.chmod(0o755)
+    runs = iter(range(1_000_000))
+    try:
+        with Peer(ALICE) as alice:
+            run_state_machine_as_test(
+                lambda: Comparison(target, root, local, alice, remount=next(runs) % 10 == 9),  # type: ignore[arg-type]
+                settings=settings(
+                    max_examples=2000 if STRESS else 150,
+                    stateful_step_count=60 if STRESS else 40,
+                    deadline=None,
+                    derandomize=not STRESS,
+                    database=None,
+                    phases=(Phase.generate, Phase.shrink),
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+    finally:
+        shutil.rmtree(local)

@@ -1,0 +1,171 @@
+"""What the tests of the meta service share: a volume in a directory, driven from plain test functions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from polefs.meta.check import check
+from polefs.meta.model import ROOT_INO, Caller, DataCommit, Extent, Inode, Segment, SetAttr
+from polefs.meta.service import MetaService
+from polefs.meta.store.sqlite import SqliteStore
+
+T = TypeVar("T")
+
+ROOT = Caller(0, 0)
+USER = Caller(1000, 100)
+
+
+class Meta:
+    """A meta service with blocking calls and short names for what tests do most. ``close`` checks the volume."""
+
+    def __init__(self, path: Path, **limits: int) -> None:
+        self.path = str(path / "meta.db")
+        self.runner = asyncio.Runner()
+        exists = Path(self.path).exists()
+        self.store = SqliteStore.open(self.path) if exists else SqliteStore.create(self.path, name="test", **limits)
+        self.service = MetaService(self.store)
+        self.run(self.service.start())
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(coroutine)
+
+    def together(self, *coroutines: Coroutine[Any, Any, Any]) -> list[Any]:
+        """All in one turn of the loop; exceptions are results."""
+
+        async def gather() -> list[Any]:
+            return await asyncio.gather(*coroutines, return_exceptions=True)
+
+        return self.run(gather())
+
+    def close(self) -> None:
+        if self.store is not None:
+            self.run(self.service.close())
+        self.runner.close()
+
+    def reopen(self) -> None:
+        self.run(self.service.close())
+        self._open()
+
+    def crash(self) -> None:
+        """Go on with a new session while the old one has not been ended. A dead process has no checkpoint running."""
+
+        async def settle() -> None:
+            while self.store._checkpoint is not None:
+                await asyncio.wait([self.store._checkpoint])
+
+        self.run(settle())
+        self._open()
+
+    def _open(self) -> None:
+        self.store = SqliteStore.open(self.path)
+        self.service = MetaService(self.store)
+        self.run(self.service.start())
+
+    def assert_clean(self) -> None:
+        assert list(check(self.store)) == []
+
+    # Names
+
+    def file(self, name: bytes, parent: int = ROOT_INO, mode: int = 0o644, caller: Caller = ROOT) -> Inode:
+        return self.run(self.service.make_node(caller, parent, name, 0o100000 | mode, 0))
+
+    def mkdir(self, name: bytes, parent: int = ROOT_INO, mode: int = 0o755, caller: Caller = ROOT) -> Inode:
+        return self.run(self.service.make_node(caller, parent, name, 0o040000 | mode, 0))
+
+    def symlink(self, name: bytes, target: bytes, parent: int = ROOT_INO) -> Inode:
+        return self.run(self.service.make_node(ROOT, parent, name, 0o120777, 0, 0, target))
+
+    def lookup(self, name: bytes, parent: int = ROOT_INO) -> Inode:
+        return self.run(self.service.lookup(parent, name))
+
+    def get(self, ino: int) -> Inode:
+        return self.run(self.service.get_inode(ino))
+
+    def link(self, ino: int, name: bytes, parent: int = ROOT_INO) -> Inode:
+        return self.run(self.service.link(ino, parent, name))
+
+    def unlink(self, name: bytes, parent: int = ROOT_INO) -> Inode:
+        return self.run(self.service.unlink(parent, name))
+
+    def rmdir(self, name: bytes, parent: int = ROOT_INO) -> Inode:
+        return self.run(self.service.rmdir(parent, name))
+
+    def rename(
+        self, name: bytes, new_name: bytes, parent: int = ROOT_INO, new_parent: int | None = None, flags: int = 0
+    ) -> Inode | None:
+        new_parent = parent if new_parent is None else new_parent
+        return self.run(self.service.rename(parent, name, new_parent, new_name, flags))
+
+    def release(self, *inos: int) -> None:
+        self.run(self.service.release_orphans(inos))
+
+    def names(self, ino: int = ROOT_INO) -> list[bytes]:
+        return sorted(dentry.name for dentry in self.run(self.service.list_dir(ino, 0, 1 << 30)))
+
+    # Attributes
+
+    def set(self, ino: int, **change: Any) -> Inode:
+        return self.run(self.service.set_attributes(ino, SetAttr(**change)))
+
+    def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int = 0, kill_sgid: bool = False) -> None:
+        self.run(self.service.set_xattr(ino, name, value, flags, kill_sgid))
+
+    def get_xattr(self, ino: int, name: bytes) -> bytes:
+        return self.run(self.service.get_xattr(ino, name))
+
+    def list_xattr(self, ino: int) -> list[bytes]:
+        return self.run(self.service.list_xattr(ino))
+
+    def remove_xattr(self, ino: int, name: bytes) -> None:
+        self.run(self.service.remove_xattr(ino, name))
+
+    # Contents
+
+    def segment(self, size: int = 1 << 20) -> Segment:
+        return Segment(self.run(self.service.allocate_segments(1)), size, ((size, 0),))
+
+    def commit(
+        self,
+        ino: int,
+        size: int,
+        *,
+        mtime: int | None = None,
+        segments: tuple[Segment, ...] = (),
+        drops: list[tuple[int, int]] | None = None,
+        extents: list[Extent] | None = None,
+        inline: bytes | None = None,
+    ) -> None:
+        commit = DataCommit(ino, size, mtime, drops or [], extents or [], inline)
+        self.run(self.service.commit_data(segments, [commit]))
+
+    def extents(self, ino: int, start: int = 0, end: int = 1 << 62) -> list[tuple[int, int, int, int]]:
+        found = self.run(self.service.extents(ino, start, end))
+        return [(each.offset, each.length, each.segment, each.segment_offset) for each in found]
+
+    def dead(self) -> list[int]:
+        return self.run(self.service.dead_segments(1000))
+
+
+@contextmanager
+def fails(code: int) -> Iterator[None]:
+    """The block raises OSError with this errno."""
+    with pytest.raises(OSError) as caught:
+        yield
+    assert caught.value.errno == code, caught.value
+
+
+@pytest.fixture
+def meta(tmp_path: Path) -> Iterator[Meta]:
+    """A new volume; at the end its metadata must be clean."""
+    volume = Meta(tmp_path)
+    try:
+        yield volume
+        volume.assert_clean()
+    finally:
+        volume.close()

@@ -1,0 +1,146 @@
+"""A kernel for tests of the dispatcher: the other end of a socket pair that keeps message boundaries, as /dev/fuse
+does."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import inspect
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import uvloop
+
+from rawfuse import FileSystem, InitFlag, Opcode
+from rawfuse.device import Device, RequestBuffer
+from rawfuse.dispatcher import Dispatcher
+from rawfuse.negotiate import Agreement
+from rawfuse.trace import Trace
+from rawfuse.wire import OUT_HEADER
+from tests.unit.rawfuse_helpers import request
+
+DEADLINE = 20
+"""Seconds that a scenario or a reply may take."""
+
+_CLOSED = (0, -errno.ECONNRESET, -errno.EPIPE)
+
+
+class Reply(NamedTuple):
+    unique: int
+    error: int
+    body: bytes
+
+
+class PairDevice(Device):
+    """One end of the pair, with the errors that /dev/fuse gives. ``refuse_next``: what the next write returns."""
+
+    refuse_next = 0
+
+    def read(self, buffer: RequestBuffer) -> int:
+        return _as_device(super().read(buffer))
+
+    def read_soon(self, buffer: RequestBuffer, nanoseconds: int) -> int:
+        return _as_device(super().read_soon(buffer, nanoseconds))
+
+    def write(self, message: bytes | list[bytes | bytearray | memoryview]) -> int:
+        if self.refuse_next:
+            error, self.refuse_next = self.refuse_next, 0
+            return error
+        return _as_device(super().write(message))
+
+
+def _as_device(result: int) -> int:
+    return -errno.ENODEV if result in _CLOSED else result
+
+
+class Kernel:
+    """Sends requests and receives replies."""
+
+    def __init__(self, end: socket.socket, device: PairDevice, dispatcher: Dispatcher) -> None:
+        self._end = end
+        self._end.settimeout(DEADLINE)
+        self._unique = 0
+        self.device = device
+        self.dispatcher = dispatcher
+
+    def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 7) -> int:
+        """Returns the request's id."""
+        self._unique += 2
+        self._end.send(request(opcode, body, unique=self._unique, nodeid=nodeid))
+        return self._unique
+
+    def send_bytes(self, data: bytes) -> None:
+        self._end.send(data)
+
+    def interrupt(self, unique: int) -> None:
+        self._end.send(request(Opcode.INTERRUPT, struct.pack("=Q", unique), unique=unique | 1, nodeid=0))
+
+    async def reply(self) -> Reply:
+        data = await asyncio.to_thread(self._end.recv, 1 << 20)
+        length, error, unique = OUT_HEADER.unpack_from(data)
+        assert length == len(data)
+        return Reply(unique, -error, data[OUT_HEADER.size :])
+
+    async def call(self, opcode: int, body: bytes = b"", *, nodeid: int = 7) -> Reply:
+        """A request and its reply, which must be the next one."""
+        unique = self.send(opcode, body, nodeid=nodeid)
+        reply = await self.reply()
+        assert reply.unique == unique, "a reply to another request"
+        return reply
+
+    async def nothing_more(self) -> None:
+        """No reply is on its way: the next one is that to a new request."""
+        await self.call(Opcode.STATFS)
+
+    def close(self) -> None:
+        self._end.close()
+
+
+def agreement(flags: InitFlag = InitFlag.SETXATTR_EXT) -> Agreement:
+    return Agreement(45, flags, 1 << 16, 16, 1 << 16)
+
+
+@asynccontextmanager
+async def served(
+    filesystem: FileSystem, flags: InitFlag = InitFlag.SETXATTR_EXT, trace: Trace | None = None
+) -> AsyncIterator[Kernel]:
+    """The file system, served to a test kernel, which hangs up in the end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    device = PairDevice(os.dup(theirs.fileno()))
+    theirs.close()
+    dispatcher = Dispatcher(device, filesystem, agreement(flags), asyncio.get_running_loop(), trace=trace)
+    dispatcher.start()
+    kernel = Kernel(ours, device, dispatcher)
+    try:
+        yield kernel
+    except BaseException:
+        dispatcher.end(errno.ENODEV)
+        raise
+    else:
+        kernel.close()
+        assert await dispatcher.ended == errno.ENODEV
+        await dispatcher.drained()
+    finally:
+        kernel.close()
+        device.close()
+
+
+def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test on asyncio's event loop and on uvloop."""
+
+    @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+    @functools.wraps(test)
+    def run(*arguments: Any, new_loop: Callable[[], asyncio.AbstractEventLoop], **named: Any) -> None:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(asyncio.wait_for(test(*arguments, **named), DEADLINE))
+
+    own = inspect.signature(test)
+    extra = inspect.Parameter("new_loop", inspect.Parameter.KEYWORD_ONLY)
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), extra])  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,559 @@
+"""The data path, one behaviour a test; test_data_model.py combines them at random."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from polefs.data import journal
+from polefs.data.dirty import Limits
+from polefs.data.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from polefs.meta.check import check, check_objects
+from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, SetAttr
+from polefs.meta.store.sqlite import SqliteStore
+from tests.unit.data_helpers import Crash, Volume, ticks
+
+MIB = 1 << 20
+
+
+def use(
+    path: Path, work: Callable[[Volume], Awaitable[None]], limits: Limits | None = None, flush_after: float = 5.0
+) -> None:
+    """Run the test, close the volume, and check it: nothing local is left, metadata and objects are sound."""
+
+    async def main() -> None:
+        volume = Volume(path, limits, flush_after)
+        await volume.open()
+        await work(volume)
+        await volume.close()
+        assert volume.local() == []
+        await assert_sound(path, volume)
+
+    asyncio.run(main())
+
+
+async def assert_sound(path: Path, volume: Volume) -> None:
+    store = SqliteStore.open(str(path / "meta.db"))
+    try:
+        assert list(check(store)) == []
+        assert [problem async for problem in check_objects(store, volume.reopened_objects(), data=True)] == []
+    finally:
+        store.shutdown()
+
+
+# Where contents go
+
+
+def test_a_tiny_file_is_inline_and_needs_no_local_file(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"x" * 4096)
+        assert [name for name in volume.local() if not name.startswith("journal")] == []
+        await volume.files.flush()
+        inode = await volume.meta.get_inode(ino)
+        assert inode.inline == b"x" * 4096
+        assert volume.object_paths() == []
+
+    use(tmp_path, work)
+
+
+def test_many_small_files_share_a_segment(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        inos = [await volume.make(b"%d" % number) for number in range(30)]
+        for number, ino in enumerate(inos):
+            await volume.write(ino, 0, bytes([number]) * 10_000)
+        await volume.files.flush()
+        assert len(volume.object_paths()) == 1
+        for number, ino in enumerate(inos):
+            assert await volume.read(ino) == bytes([number]) * 10_000
+
+    use(tmp_path, work)
+
+
+def test_a_whole_replica_is_adopted_by_link_and_copied_on_the_next_change(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        data = os.urandom(3 * MIB)
+        for start in range(0, len(data), MIB):
+            await volume.write(ino, start, data[start : start + MIB])
+        (replica,) = [name for name in volume.local() if name.startswith(f"{ino}.")]
+        identity = os.stat(tmp_path / "local" / replica).st_ino
+        await volume.files.flush()
+        (path,) = volume.object_paths()
+        assert os.stat(path).st_ino == identity
+        assert os.stat(path).st_nlink == 1
+        assert await volume.read(ino) == data
+        await volume.write(ino, 100, b"changed")
+        assert path.read_bytes() == data
+        await volume.files.flush()
+        assert path.read_bytes() == data
+        assert await volume.read(ino) == data[:100] + b"changed" + data[107:]
+
+    use(tmp_path, work)
+
+
+def test_an_adopted_replica_has_the_size_of_the_file(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        data = os.urandom(2 * MIB)
+        await volume.write(ino, 0, data)
+        await volume.write(ino, 5, b"small")
+        await volume.truncate(ino, MIB + 5)
+        await volume.files.flush()
+        (path,) = volume.object_paths()
+        assert path.read_bytes() == data[:5] + b"small" + data[10 : MIB + 5]
+
+    use(tmp_path, work)
+
+
+def test_without_hard_links_contents_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(volume: Volume) -> None:
+        async def refuse(key: str, path: str) -> bool:
+            return False
+
+        monkeypatch.setattr(volume.objects, "adopt", refuse)
+        ino = await volume.make(b"f")
+        data = os.urandom(18 * MIB)
+        for start in range(0, len(data), MIB):
+            await volume.write(ino, start, data[start : start + MIB])
+        await volume.files.flush()
+        assert sorted(path.stat().st_size for path in volume.object_paths()) == [2 * MIB, 16 * MIB]
+        assert await volume.read(ino) == data
+
+    use(tmp_path, work)
+
+
+def test_an_inline_file_that_grows_takes_its_contents_along(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"head")
+        await volume.files.flush()
+        await volume.write(ino, 100_000, b"tail")
+        await volume.files.flush()
+        inode = await volume.meta.get_inode(ino)
+        assert inode.inline is None
+        assert inode.allocated == 8
+        assert await volume.read(ino) == b"head" + bytes(99_996) + b"tail"
+        await volume.truncate(ino, 4)
+        await volume.files.flush()
+        assert (await volume.meta.get_inode(ino)).inline == b"head"
+
+    use(tmp_path, work)
+
+
+def test_overwritten_objects_are_deleted(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        for number in range(4):
+            await volume.write(ino, 0, bytes([number]) * 50_000)
+            await volume.files.flush()
+        await volume.files._reclaimer.reclaim()
+        assert len(volume.object_paths()) == 1
+        await volume.truncate(ino, 0)
+        await volume.files.flush()
+        await volume.files._reclaimer.reclaim()
+        assert volume.object_paths() == []
+
+    use(tmp_path, work)
+
+
+def test_a_file_may_have_16_tib(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        size = 16 << 40
+        await volume.truncate(ino, size)
+        await volume.write(ino, 8 << 40, b"middle")
+        await volume.write(ino, size - 3, b"end")
+        for _ in range(2):
+            assert (await volume.inode(ino)).size == size
+            assert (await volume.inode(ino)).allocated == 9
+            assert await volume.read(ino, (8 << 40) - 2, 10) == b"\0\0middle\0\0"
+            assert await volume.read(ino, size - 5, 100) == b"\0\0end"
+            assert await volume.seek(ino, 0, os.SEEK_DATA) == 8 << 40
+            assert await volume.seek(ino, 8 << 40, os.SEEK_HOLE) == (8 << 40) + 6
+            assert await volume.seek(ino, (8 << 40) + 6, os.SEEK_DATA) == size - 3
+            await volume.files.flush()
+        with pytest.raises(OSError) as caught:
+            await volume.write(ino, FILE_SIZE_MAX - 1, b"xx")
+        assert caught.value.errno == errno.EFBIG
+        with pytest.raises(OSError) as caught:
+            await volume.truncate(ino, FILE_SIZE_MAX + 1)
+        assert caught.value.errno == errno.EFBIG
+
+    use(tmp_path, work)
+
+
+# Operations
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_seek_and_fallocate(tmp_path: Path, flushed: bool) -> None:
+    async def work(volume: Volume) -> None:
+        async def step() -> None:
+            if flushed:
+                await volume.files.flush()
+
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"x" * 300_000)
+        await step()
+        await volume.fallocate(ino, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 100_000, 50_000)
+        await step()
+        assert await volume.seek(ino, 0, os.SEEK_HOLE) == 100_000
+        assert await volume.seek(ino, 100_000, os.SEEK_DATA) == 150_000
+        assert await volume.seek(ino, 150_000, os.SEEK_HOLE) == 300_000
+        assert (await volume.inode(ino)).allocated == 250_000
+        for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            for offset in (300_000, 300_001, -1):
+                with pytest.raises(OSError) as caught:
+                    await volume.seek(ino, offset, whence)
+                assert caught.value.errno == errno.ENXIO
+        await volume.fallocate(ino, FALLOC_FL_ZERO_RANGE, 290_000, 20_000)
+        await step()
+        assert (await volume.inode(ino)).size == 310_000
+        await volume.fallocate(ino, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 280_000, 50_000)
+        await volume.fallocate(ino, FALLOC_FL_KEEP_SIZE, 0, 1_000_000)
+        assert (await volume.inode(ino)).size == 310_000
+        await volume.fallocate(ino, 0, 0, 400_000)
+        await step()
+        assert (await volume.inode(ino)).size == 400_000
+        with pytest.raises(OSError) as caught:
+            await volume.seek(ino, 280_000, os.SEEK_DATA)
+        assert caught.value.errno == errno.ENXIO
+        assert await volume.read(ino, 279_998, 4) == b"xx\0\0"
+
+    use(tmp_path, work)
+
+
+def test_fallocate_errors(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        for mode, offset, length, number in (
+            (FALLOC_FL_PUNCH_HOLE, 0, 1, errno.EOPNOTSUPP),
+            (0x08, 0, 1, errno.EOPNOTSUPP),
+            (0, -1, 1, errno.EINVAL),
+            (0, 0, 0, errno.EINVAL),
+            (0, FILE_SIZE_MAX, 1, errno.EFBIG),
+        ):
+            with pytest.raises(OSError) as caught:
+                await volume.fallocate(ino, mode, offset, length)
+            assert caught.value.errno == number
+
+    use(tmp_path, work)
+
+
+def test_a_copy_shares_extents(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        source, target = await volume.make(b"s"), await volume.make(b"t")
+        data = os.urandom(2 * MIB)
+        await volume.write(source, 0, data)
+        assert await volume.copy(source, 0, target, 0, len(data)) == len(data)
+        assert len(volume.object_paths()) == 1
+        assert await volume.read(target) == data
+        assert await volume.copy(source, MIB, source, 2 * MIB, 10 * MIB) == MIB
+        assert await volume.read(source) == data + data[MIB:]
+        with pytest.raises(OSError) as caught:
+            await volume.copy(source, 0, source, 100_000, 200_000)
+        assert caught.value.errno == errno.EINVAL
+        assert await volume.copy(source, 3 * MIB, target, 0, 100) == 0
+        await volume.write(source, 0, b"only the source")
+        assert await volume.read(target) == data
+
+    use(tmp_path, work)
+
+
+def test_an_old_journal_does_not_undo_a_copy(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        source, target = await volume.make(b"s"), await volume.make(b"t")
+        new, old = os.urandom(100_000), os.urandom(100_000)
+        await volume.write(source, 0, new)
+        await volume.write(target, 0, old)
+        assert await volume.copy(source, 0, target, 0, 100_000) == 100_000
+        await volume.write(target, 50, b"later")
+        await volume.crash()
+        assert await volume.read(target) == new[:50] + b"later" + new[55:]
+
+    use(tmp_path, work)
+
+
+# Durability
+
+
+@pytest.mark.parametrize("size", [100, 5000, 100_000, 2 * MIB])
+@pytest.mark.parametrize("where", ["put", "adopt", "commit_data", "sync"])
+@pytest.mark.parametrize("after", [False, True])
+def test_death_at_any_step_of_write_back(tmp_path: Path, size: int, where: str, after: bool) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        data = os.urandom(size)
+        await volume.write(ino, 0, data, now=1234)
+        dying = volume.dying_objects if where in ("put", "adopt") else volume.dying_meta
+        dying.methods, dying.countdown, dying.after = {where}, 1, after
+        try:
+            await volume.files.flush()
+        except Crash:
+            pass
+        await volume.crash()
+        assert await volume.read(ino) == data
+        assert (await volume.inode(ino)).mtime == 1234
+
+    use(tmp_path, work)
+
+
+def test_a_time_that_the_user_set_survives_a_replay(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        inos = [await volume.make(b"%d" % number) for number in range(3)]
+        for ino in inos:
+            await volume.write(ino, 0, b"x")
+
+        async def set_mtime(ino: int) -> None:
+            volume.files.set_mtime(ino, 42)
+            await volume.meta.set_attributes(ino, SetAttr(mtime=42))
+
+        await set_mtime(inos[0])
+        await volume.files.flush(inos[1])
+        await set_mtime(inos[1])  # committed, but the journal still tells of the write
+        await set_mtime(inos[2])
+        await volume.write(inos[2], 0, b"y", now=99)
+        assert [(await volume.inode(ino)).mtime for ino in inos] == [42, 42, 99]
+        await volume.crash()
+        assert [(await volume.inode(ino)).mtime for ino in inos] == [42, 42, 99]
+
+    use(tmp_path, work)
+
+
+def test_a_removed_file_is_not_written_back(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        keep, gone, during = [await volume.make(name) for name in (b"keep", b"gone", b"during")]
+        for ino in (keep, gone, during):
+            await volume.write(ino, 0, b"x" * 200_000)
+        await volume.meta.unlink(ROOT_INO, b"gone")
+        volume.files.forget(gone)
+        await volume.meta.release_orphans([gone])
+        flushing = asyncio.create_task(volume.files.flush())
+        await ticks(3)
+        await volume.meta.unlink(ROOT_INO, b"during")
+        volume.files.forget(during)
+        await volume.meta.release_orphans([during])
+        await flushing
+        assert volume.files.dirty_bytes == 0
+        assert await volume.read(keep) == b"x" * 200_000
+
+    use(tmp_path, work)
+
+
+def test_replay_passes_over_a_removed_file(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        gone = await volume.make(b"gone")
+        await volume.write(gone, 0, b"x" * 200_000)
+        await volume.meta.unlink(ROOT_INO, b"gone")
+        await volume.meta.release_orphans([gone])
+        await volume.crash()
+        assert volume.files.dirty_bytes == 0
+
+    use(tmp_path, work)
+
+
+def test_sync_makes_journal_and_replica_durable_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real(fd)
+
+    async def work(volume: Volume) -> None:
+        small, large = await volume.make(b"small"), await volume.make(b"large")
+        await volume.write(small, 0, b"x")
+        await volume.write(large, 0, b"x" * 200_000)
+        await volume.meta.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fdatasync)
+            await volume.files.sync(large, False)
+            assert [name.partition(".")[0] for name in synced] == [str(large), "journal"]
+            await volume.files.sync(large, True)
+            await volume.files.sync(small, True)
+            assert len(synced) == 2
+            await volume.write(small, 0, b"y")
+            await asyncio.gather(*(volume.files.sync(small, True) for _ in range(10)))
+            # The first goes at once, all who come meanwhile share the next.
+            assert len(synced) <= 4
+
+    use(tmp_path, work)
+
+
+def test_after_a_failed_fdatasync_only_write_back_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "disk")
+
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"precious")
+        await volume.meta.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fail)
+            with pytest.raises(OSError) as caught:
+                await volume.files.sync(ino, False)
+        assert caught.value.errno == errno.EIO
+        await volume.files.sync(ino, False)
+        assert (await volume.meta.get_inode(ino)).inline == b"precious"
+
+    use(tmp_path, work)
+
+
+# Failures and limits
+
+
+def test_a_full_disk_fails_the_write_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"kept" * 10_000)
+        for failing, action in (
+            ("pwritev", volume.write(ino, 10, b"small")),
+            ("pwrite", volume.write(ino, 200_000, b"l" * 200_000)),
+            ("pwrite", volume.truncate(ino, 5)),
+            ("pwrite", volume.fallocate(ino, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 100)),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, failing, full)
+                with pytest.raises(OSError) as caught:
+                    await action
+            assert caught.value.errno == errno.ENOSPC
+            assert (await volume.inode(ino)).size == 40_000
+            assert await volume.read(ino) == b"kept" * 10_000
+        await volume.crash()
+        assert await volume.read(ino) == b"kept" * 10_000
+
+    use(tmp_path, work)
+
+
+@pytest.mark.parametrize("where", ["put", "adopt", "commit_data", "sync"])
+def test_a_failed_write_back_is_repeated(tmp_path: Path, where: str) -> None:
+    async def work(volume: Volume) -> None:
+        inos = [await volume.make(b"%d" % number) for number in range(3)]
+        data = [os.urandom(100), os.urandom(100_000), os.urandom(2 * MIB)]
+        for ino, content in zip(inos, data, strict=True):
+            await volume.write(ino, 0, content)
+        dying = volume.dying_objects if where in ("put", "adopt") else volume.dying_meta
+        dying.methods, dying.countdown, dying.permanent = {where}, 1, False
+        dying.error = OSError(errno.ENOSPC, "full")
+        with pytest.raises(OSError) as caught:
+            await volume.files.flush()
+        assert caught.value.errno == errno.ENOSPC
+        await volume.write(inos[1], 7, b"during")
+        data[1] = data[1][:7] + b"during" + data[1][13:]
+        for _ in range(2):
+            assert [await volume.read(ino) for ino in inos] == data
+            await volume.files.flush()
+        assert volume.files.dirty_bytes == 0
+
+    use(tmp_path, work)
+
+
+def test_writes_wait_for_room_and_get_the_error_that_prevents_it(tmp_path: Path) -> None:
+    limits = Limits(memory=200_000, local=2 * MIB, journal=64 * MIB, replicas=100)
+
+    async def work(volume: Volume) -> None:
+        volume.files.start()
+        inos = [await volume.make(b"%d" % number) for number in range(40)]
+        data = os.urandom(30_000)
+        for ino in inos:
+            await volume.write(ino, 0, data)
+            assert volume.files._dirty._memory <= limits.memory + len(data)
+        for start in range(0, 8 * MIB, MIB):
+            await volume.write(inos[0], start, os.urandom(MIB))
+            assert volume.files.dirty_bytes <= limits.local + MIB
+        volume.dying_meta.methods, volume.dying_meta.countdown = {"commit_data"}, 1
+        volume.dying_meta.error = OSError(errno.ENOSPC, "full")
+        with pytest.raises(OSError) as caught:
+            for ino in inos:
+                await volume.write(ino, 0, data)
+        assert caught.value.errno == errno.ENOSPC
+        volume.dying_meta.countdown = None
+        for ino in inos:
+            await volume.write(ino, 0, data)
+
+    use(tmp_path, work, limits, flush_after=0.01)
+
+
+def test_write_back_happens_by_itself(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        volume.files.start()
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"x")
+        while (await volume.meta.get_inode(ino)).inline is None:
+            await asyncio.sleep(0.01)
+
+    use(tmp_path, work, flush_after=0.01)
+
+
+def test_missing_objects_are_an_error(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"x" * 50_000)
+        await volume.files.flush()
+        (path,) = volume.object_paths()
+        content = path.read_bytes()
+        path.unlink()
+        with pytest.raises(OSError) as caught:
+            await volume.read(ino)
+        assert caught.value.errno == errno.EIO
+        path.write_bytes(content)
+
+    use(tmp_path, work)
+
+
+def test_a_read_survives_the_deletion_of_what_it_was_going_to_read(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"a" * 50_000)
+        await volume.files.flush()
+        inode = await volume.meta.get_inode(ino)
+        await volume.meta.extents(ino, 0, 1)
+        await volume.files._extents.get(ino, 0, 50_000)
+        stale = volume.files._extents._files.copy()
+        await volume.write(ino, 0, b"b" * 50_000)
+        await volume.files.flush()
+        await volume.files._reclaimer.reclaim()
+        volume.files._extents._files.update(stale)
+        assert b"".join(await volume.files.read(inode, 0, 50_000)) == b"b" * 50_000
+
+    use(tmp_path, work)
+
+
+def test_times_and_sizes_show_before_they_are_committed(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        clean = await volume.meta.get_inode(ino)
+        assert volume.files.overlay(clean) is clean
+        later = time.time_ns() + 10**9
+        await volume.write(ino, 5, b"x", now=later)
+        seen = await volume.inode(ino)
+        assert (seen.size, seen.mtime, seen.ctime, seen.allocated) == (6, later, later, 1)
+        assert stat.S_ISREG(seen.mode)
+        await volume.files.flush()
+        committed = await volume.inode(ino)
+        assert (committed.size, committed.mtime, committed.ctime) == (6, later, later)
+
+    use(tmp_path, work)
+
+
+def test_the_spare_journal_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "RECYCLED_MAX", 8 * MIB)
+
+    async def work(volume: Volume) -> None:
+        for number in range(250):
+            await volume.write(await volume.make(b"%d" % number), 0, bytes(40_000))
+        await volume.files.flush()
+        assert os.stat(tmp_path / "local" / "spare").st_size == 8 * MIB
+
+    use(tmp_path, work)

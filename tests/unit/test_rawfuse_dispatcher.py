@@ -1,0 +1,720 @@
+"""From a request to exactly one reply: eager and waiting handlers, INTERRUPT, errors, undoing, back-pressure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import logging
+import stat
+import struct
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from rawfuse import (
+    Attributes,
+    AttributesReply,
+    DirectoryBuffer,
+    Entry,
+    FileSystem,
+    FileSystemStatus,
+    FuseError,
+    InitFlag,
+    Opcode,
+    OpenedFile,
+    dispatcher,
+    ops,
+)
+from rawfuse.dispatcher import Running
+from rawfuse.table import TABLE
+from tests.unit.rawfuse_helpers import HEADER
+from tests.unit.rawfuse_kernel import on_both_loops, served
+from tests.unit.test_rawfuse_table import DECODED
+
+GETATTR = struct.pack("=IIQ", 0, 0, 0)
+MKDIR = struct.pack("=II", 0o755, 0) + b"d\0"
+ATTRIBUTES = Attributes(ino=7, mode=stat.S_IFREG | 0o644)
+BODIES = {opcode: body for opcode, body, _ in DECODED}
+
+
+def write_body(data: bytes) -> bytes:
+    return struct.pack("=QQIIQII", 3, 0, len(data), 0, 0, 1, 0) + data
+
+
+class Scripted(FileSystem):
+    """GETATTR, MKDIR, WRITE and SETLKW do what the test says; FORGET and RELEASE are recorded."""
+
+    def __init__(self, script: Callable[[ops.Op], Awaitable[Any]] | None = None) -> None:
+        self.script = script
+        self.undone: list[ops.Op] = []
+        self.started: list[int] = []
+        self.finished: list[int] = []
+
+    def has_started(self, number: int) -> bool:
+        return len(self.started) >= number
+
+    async def _run(self, op: ops.Op) -> Any:
+        self.started.append(op.unique)
+        try:
+            return await self.script(op) if self.script is not None else None
+        finally:
+            self.finished.append(op.unique)
+
+    async def get_inode_attributes(self, op: ops.GetInodeAttributes) -> AttributesReply:
+        return (await self._run(op)) or AttributesReply(ATTRIBUTES)
+
+    async def mk_dir(self, op: ops.MkDir) -> Entry:
+        return (await self._run(op)) or Entry(9, Attributes(ino=9, mode=stat.S_IFDIR | 0o755))
+
+    async def write_file(self, op: ops.WriteFile) -> int:
+        result = await self._run(op)
+        return op.size if result is None else result
+
+    async def set_lock(self, op: ops.SetLock) -> None:
+        await self._run(op)
+
+    async def forget_inode(self, op: ops.ForgetInode) -> None:
+        self.undone.append(op)
+
+    async def release_file_handle(self, op: ops.ReleaseFileHandle) -> None:
+        self.undone.append(op)
+
+    async def release_dir_handle(self, op: ops.ReleaseDirHandle) -> None:
+        self.undone.append(op)
+
+
+class Gate:
+    """Handlers that wait until the test lets them go on, each by its request's id."""
+
+    def __init__(self) -> None:
+        self.futures: dict[int, asyncio.Future[Any]] = {}
+
+    async def __call__(self, op: ops.Op) -> Any:
+        self.futures[op.unique] = asyncio.get_running_loop().create_future()
+        return await self.futures[op.unique]
+
+    def open(self, unique: int, result: Any = None) -> None:
+        self.futures[unique].set_result(result)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Give the loop turns until it holds; the scenario's deadline ends a vain wait."""
+    while not condition():  # noqa: ASYNC110 - nothing tells of the dispatcher's inner steps
+        await asyncio.sleep(0)
+
+
+class TestEager:
+    @on_both_loops
+    async def test_answers_without_a_task(self) -> None:
+        seen: list[Any] = []
+
+        async def script(op: ops.Op) -> None:
+            seen.append((asyncio.current_task(), asyncio.all_tasks()))
+
+        async with served(Scripted(script)) as kernel:
+            before = asyncio.all_tasks()
+            reply = await kernel.call(Opcode.GETATTR, GETATTR)
+            assert (reply.error, len(reply.body)) == (0, 104)
+            current, tasks = seen[0]
+            assert isinstance(current, Running)
+            assert tasks == before
+
+    @on_both_loops
+    async def test_many_requests_of_one_burst(self) -> None:
+        async with served(Scripted()) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(3 * dispatcher.BURST // 2)]
+            assert [(await kernel.reply()).unique for _ in sent] == sent
+
+    @on_both_loops
+    async def test_what_was_left_out(self) -> None:
+        """Each opcode's default, and success for what has nothing to do."""
+        async with served(FileSystem()) as kernel:
+            for opcode, row in TABLE.items():
+                if row.encode is None or opcode == Opcode.STATFS:
+                    continue
+                reply = await kernel.call(opcode, BODIES[Opcode(opcode)])
+                assert (reply.error, reply.body) == (row.default, b""), Opcode(opcode).name
+
+    @on_both_loops
+    async def test_declined(self) -> None:
+        filesystem = Scripted()
+        filesystem.declined = frozenset({Opcode.GETATTR})
+        async with served(filesystem) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == errno.EIO
+            assert not filesystem.started
+
+    @on_both_loops
+    async def test_never_answered(self) -> None:
+        filesystem = Scripted()
+        async with served(filesystem) as kernel:
+            kernel.send(Opcode.FORGET, struct.pack("=Q", 3))
+            kernel.send(Opcode.BATCH_FORGET, struct.pack("=IIQQQQ", 2, 0, 8, 1, 9, 2))
+            kernel.send(Opcode.NOTIFY_REPLY, BODIES[Opcode.NOTIFY_REPLY])
+            await kernel.nothing_more()
+        assert [(op.nodeid, op.count) for op in filesystem.undone if isinstance(op, ops.ForgetInode)] == [
+            (7, 3),
+            (8, 1),
+            (9, 2),
+        ]
+
+
+class TestWaiting:
+    @on_both_loops
+    async def test_others_are_served_meanwhile(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            waiting = kernel.send(Opcode.GETATTR, GETATTR)
+            await kernel.nothing_more()
+            gate.open(waiting)
+            assert (await kernel.reply())[:2] == (waiting, 0)
+
+    @on_both_loops
+    async def test_any_order(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(5)]
+            await until(lambda: len(gate.futures) == 5)
+            for unique in reversed(sent):
+                gate.open(unique)
+                assert (await kernel.reply()).unique == unique
+
+    @pytest.mark.parametrize(
+        "wait",
+        [
+            lambda: asyncio.sleep(0),
+            lambda: asyncio.sleep(0.001),
+            lambda: asyncio.to_thread(len, "x"),
+            lambda: asyncio.gather(asyncio.sleep(0), asyncio.sleep(0)),
+            lambda: asyncio.wait_for(asyncio.sleep(0), 5),
+            lambda: asyncio.shield(asyncio.sleep(0)),
+            lambda: _task_group(),
+            lambda: _locked(),
+        ],
+        ids=["yield", "sleep", "thread", "gather", "wait_for", "shield", "task_group", "lock"],
+    )
+    @on_both_loops
+    async def test_what_a_handler_may_await(self, wait: Callable[[], Awaitable[Any]]) -> None:
+        async def script(op: ops.Op) -> None:
+            await wait()
+            await wait()
+
+        async with served(Scripted(script)) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(3)]
+            replies = [await kernel.reply() for _ in sent]
+            assert sorted(reply.unique for reply in replies) == sent
+            assert all(reply.error == 0 for reply in replies)
+
+    @on_both_loops
+    async def test_context_variables_are_its_own(self) -> None:
+        variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+        seen = []
+
+        async def script(op: ops.Op) -> None:
+            await asyncio.sleep(0)
+            before = variable.get()
+            variable.set(op.unique)
+            await asyncio.sleep(0)
+            seen.append((before, variable.get() == op.unique))
+
+        async with served(Scripted(script)) as kernel:
+            for _ in range(3):
+                kernel.send(Opcode.GETATTR, GETATTR)
+            for _ in range(3):
+                await kernel.reply()
+        assert seen == [(0, True)] * 3
+
+    @on_both_loops
+    async def test_timeout_is_caught_inside(self) -> None:
+        async def script(op: ops.Op) -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await asyncio.get_running_loop().create_future()
+
+        async with served(Scripted(script)) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == 0
+
+    @on_both_loops
+    async def test_timeout_that_escapes(self) -> None:
+        async def script(op: ops.Op) -> None:
+            async with asyncio.timeout(0.001):
+                await asyncio.get_running_loop().create_future()
+
+        async with served(Scripted(script)) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == errno.ETIMEDOUT
+
+    @on_both_loops
+    async def test_awaiting_what_is_no_future(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Odd:
+            def __await__(self) -> Any:
+                yield "something"
+
+        async def script(op: ops.Op) -> None:
+            await Odd()
+
+        async with served(Scripted(script)) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == errno.EIO
+        assert "no asyncio future" in caplog.text
+
+    @on_both_loops
+    async def test_written_data_stays_while_others_come(self) -> None:
+        gate = Gate()
+        written = []
+
+        async def script(op: ops.Op) -> None:
+            assert isinstance(op, ops.WriteFile)
+            await gate(op)
+            written.append(bytes(op.data))
+
+        async with served(Scripted(script)) as kernel:
+            texts = [bytes([number]) * 50_000 for number in range(4)]
+            sent = []
+            for text in texts:
+                sent.append(kernel.send(Opcode.WRITE, write_body(text)))
+                await until(lambda: len(gate.futures) == len(sent))
+            for unique in sent:
+                gate.open(unique)
+                reply = await kernel.reply()
+                assert reply == (unique, 0, struct.pack("=II", 50_000, 0))
+            assert written == texts
+
+
+async def _task_group() -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.sleep(0))
+        group.create_task(asyncio.sleep(0.001))
+
+
+async def _locked() -> None:
+    lock = asyncio.Lock()
+    async with lock:
+        await asyncio.sleep(0)
+
+
+class TestInterrupt:
+    @on_both_loops
+    async def test_cancels_the_handler(self) -> None:
+        """EINTR, exactly once, however many signals come."""
+        gate = Gate()
+        filesystem = Scripted(gate)
+        async with served(filesystem) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            for _ in range(3):
+                kernel.interrupt(unique)
+            assert await kernel.reply() == (unique, errno.EINTR, b"")
+            kernel.interrupt(unique)
+            await kernel.nothing_more()
+            assert gate.futures[unique].cancelled()
+            assert filesystem.finished == [unique]
+
+    @on_both_loops
+    async def test_of_a_waiting_lock(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            unique = kernel.send(Opcode.SETLKW, BODIES[Opcode.SETLKW])
+            await until(lambda: gate.futures)
+            kernel.interrupt(unique)
+            assert (await kernel.reply())[:2] == (unique, errno.EINTR)
+
+    @pytest.mark.parametrize(
+        ("opcode", "body"), [(Opcode.MKDIR, MKDIR), (Opcode.WRITE, write_body(b"data"))], ids=["mkdir", "write"]
+    )
+    @on_both_loops
+    async def test_what_must_not_stop_half_way_finishes(self, opcode: Opcode, body: bytes) -> None:
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            unique = kernel.send(opcode, body)
+            await until(lambda: gate.futures)
+            kernel.interrupt(unique)
+            await kernel.nothing_more()
+            gate.open(unique)
+            assert (await kernel.reply())[:2] == (unique, 0)
+
+    @on_both_loops
+    async def test_of_what_is_not_there(self) -> None:
+        async with served(Scripted()) as kernel:
+            answered = (await kernel.call(Opcode.GETATTR, GETATTR)).unique
+            kernel.interrupt(answered)
+            kernel.interrupt(1 << 40)
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_handler_that_answers_all_the_same(self) -> None:
+        async def script(op: ops.Op) -> None:
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.get_running_loop().create_future()
+
+        filesystem = Scripted(script)
+        async with served(filesystem) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: filesystem.started)
+            kernel.interrupt(unique)
+            assert (await kernel.reply())[:2] == (unique, 0)
+
+    @on_both_loops
+    async def test_handler_that_cleans_up_for_long(self) -> None:
+        gate = Gate()
+
+        async def script(op: ops.Op) -> None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                await gate(op)
+
+        filesystem = Scripted(script)
+        async with served(filesystem) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: filesystem.started)
+            kernel.interrupt(unique)
+            kernel.interrupt(unique)
+            await until(lambda: gate.futures)
+            await kernel.nothing_more()
+            gate.open(unique)
+            assert (await kernel.reply())[:2] == (unique, errno.EINTR)
+
+    @on_both_loops
+    async def test_inside_a_timeout(self) -> None:
+        gate = Gate()
+
+        async def script(op: ops.Op) -> None:
+            async with asyncio.timeout(1000):
+                await gate(op)
+
+        async with served(Scripted(script)) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            kernel.interrupt(unique)
+            assert (await kernel.reply())[:2] == (unique, errno.EINTR)
+
+    @on_both_loops
+    async def test_when_the_result_is_there_already(self) -> None:
+        """Interrupted between the end of what it waited for and its next step: still exactly one reply."""
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            gate.open(unique)
+            kernel.interrupt(unique)
+            reply = await kernel.reply()
+            assert reply.unique == unique
+            assert reply.error in (0, errno.EINTR)
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_a_task_group_inside_is_cancelled(self) -> None:
+        gate = Gate()
+
+        async def script(op: ops.Op) -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(gate(op))
+
+        async with served(Scripted(script)) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            kernel.interrupt(unique)
+            assert (await kernel.reply())[:2] == (unique, errno.EINTR)
+            assert gate.futures[unique].cancelled()
+
+
+ERRORS = [
+    (FuseError(errno.ENOENT), errno.ENOENT, False),
+    (OSError(errno.EACCES, "no"), errno.EACCES, False),
+    (FileNotFoundError(errno.ENOENT, "no", "file"), errno.ENOENT, False),
+    (BlockingIOError(errno.EAGAIN, "later"), errno.EAGAIN, False),
+    (FuseError(errno.ENOSYS), errno.EOPNOTSUPP, False),
+    (TimeoutError(), errno.ETIMEDOUT, False),
+    (TimeoutError(errno.ETIMEDOUT, "late"), errno.ETIMEDOUT, False),
+    (OSError("no number"), errno.EIO, True),
+    (OSError(512, "ERESTARTSYS is the kernel's own"), errno.EIO, True),
+    (OSError(-5, "negative"), errno.EIO, True),
+    (OSError(0, "none"), errno.EIO, True),
+    (ValueError("a bug"), errno.EIO, True),
+    (KeyError("a bug"), errno.EIO, True),
+    (StopIteration(5), errno.EIO, True),
+    (asyncio.CancelledError(), errno.EIO, False),
+]
+
+
+class TestErrors:
+    @pytest.mark.parametrize("waits", [False, True], ids=["eager", "waiting"])
+    @pytest.mark.parametrize(("failure", "expected", "logged"), ERRORS, ids=lambda value: repr(value)[:40])
+    @on_both_loops
+    async def test_mapping(
+        self, failure: BaseException, expected: int, logged: bool, waits: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def script(op: ops.Op) -> None:
+            if waits:
+                await asyncio.sleep(0)
+            raise failure
+
+        async with served(Scripted(script)) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR))[1:] == (expected, b"")
+            await kernel.nothing_more()
+        assert ("GETATTR failed" in caplog.text) == logged
+
+    @pytest.mark.parametrize(
+        ("opcode", "body", "result"),
+        [
+            (Opcode.GETATTR, GETATTR, "a string"),
+            (Opcode.MKDIR, MKDIR, AttributesReply(ATTRIBUTES)),
+            (Opcode.MKDIR, MKDIR, 5),
+            (Opcode.WRITE, write_body(b"data"), "four"),
+            (Opcode.WRITE, write_body(b"data"), -1),
+            (Opcode.GETATTR, GETATTR, AttributesReply(Attributes(ino=7, mode=-1))),
+            (Opcode.GETATTR, GETATTR, AttributesReply(Attributes(ino=7, mode=1, size=1 << 64))),
+        ],
+    )
+    @on_both_loops
+    async def test_results_of_the_wrong_type(
+        self, opcode: Opcode, body: bytes, result: object, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def script(op: ops.Op) -> object:
+            return result
+
+        async with served(Scripted(script)) as kernel:
+            assert (await kernel.call(opcode, body))[1:] == (errno.EIO, b"")
+            await kernel.nothing_more()
+        assert "which is no reply to it" in caplog.text
+
+    @on_both_loops
+    async def test_more_than_was_asked_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Generous(FileSystem):
+            async def read_file(self, op: ops.ReadFile) -> bytes:
+                return bytes(op.size + 1)
+
+            async def read_dir(self, op: ops.ReadDir) -> DirectoryBuffer:
+                records = DirectoryBuffer(2 * op.size)
+                while records.add(b"name", 1, stat.S_IFREG, 1):
+                    pass
+                return records
+
+        async with served(Generous()) as kernel:
+            for opcode in (Opcode.READ, Opcode.READDIR):
+                assert (await kernel.call(opcode, BODIES[opcode]))[1:] == (errno.EIO, b"")
+        assert caplog.text.count("which is no reply to it") == 2
+
+    @on_both_loops
+    async def test_xattr_too_long_for_the_caller(self) -> None:
+        class Xattr(FileSystem):
+            async def get_xattr(self, op: ops.GetXattr) -> bytes:
+                return bytes(100)
+
+        async with served(Xattr()) as kernel:
+            for size, expected in (
+                (0, (0, struct.pack("=II", 100, 0))),
+                (99, (errno.ERANGE, b"")),
+                (100, (0, bytes(100))),
+            ):
+                assert (await kernel.call(Opcode.GETXATTR, struct.pack("=II", size, 0) + b"user.a\0"))[1:] == expected
+
+    @on_both_loops
+    async def test_malformed_requests(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.ERROR)
+        async with served(Scripted()) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, b"short")).error == errno.EIO
+            assert (await kernel.call(Opcode.LOOKUP, b"no end")).error == errno.EIO
+            kernel.send_bytes(b"less than a header")
+            kernel.send_bytes(HEADER.pack(1000, Opcode.STATFS, 500, 1, 0, 0, 0, 0, 0))
+            assert (await kernel.reply())[:2] == (500, errno.EIO)
+            await kernel.nothing_more()
+        assert caplog.text.count("malformed request") == 4
+
+    @pytest.mark.parametrize("opcode", [7, 19, 54, Opcode.CUSE_INIT, 1 << 20, 2**32 - 1])
+    @on_both_loops
+    async def test_unknown_opcodes(self, opcode: int) -> None:
+        async with served(Scripted()) as kernel:
+            assert (await kernel.call(opcode, b"anything")).error == errno.ENOSYS
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_set_xattr_in_both_sizes(self) -> None:
+        seen = []
+
+        class Xattr(FileSystem):
+            async def set_xattr(self, op: ops.SetXattr) -> None:
+                seen.append((op.name, op.value, op.setxattr_flags))
+
+        for flags, extra in ((InitFlag.SETXATTR_EXT, struct.pack("=II", 1, 0)), (InitFlag(0), b"")):
+            async with served(Xattr(), flags) as kernel:
+                body = struct.pack("=II", 5, 0) + extra + b"user.a\0value"
+                assert (await kernel.call(Opcode.SETXATTR, body)).error == 0
+        assert seen == [(b"user.a", b"value", 1), (b"user.a", b"value", 0)]
+
+
+class Making(Scripted):
+    async def look_up_inode(self, op: ops.LookUpInode) -> Entry:
+        return Entry(0, None) if op.name == b"absent" else Entry(5, ATTRIBUTES)
+
+    async def create_file(self, op: ops.CreateFile) -> tuple[Entry, OpenedFile]:
+        return Entry(6, ATTRIBUTES), OpenedFile(60)
+
+    async def open_file(self, op: ops.OpenFile) -> OpenedFile:
+        return OpenedFile(70)
+
+    async def open_dir(self, op: ops.OpenDir) -> OpenedFile:
+        return OpenedFile(80)
+
+
+class TestUndo:
+    @pytest.mark.parametrize("error", [errno.ENOENT, errno.ENODEV, errno.EINVAL])
+    @pytest.mark.parametrize(
+        ("opcode", "body", "undone"),
+        [
+            (Opcode.LOOKUP, b"name\0", [(ops.ForgetInode, 5, 1)]),
+            (Opcode.LOOKUP, b"absent\0", []),
+            (Opcode.GETATTR, GETATTR, []),
+            (Opcode.MKDIR, MKDIR, [(ops.ForgetInode, 9, 1)]),
+            (Opcode.CREATE, BODIES[Opcode.CREATE], [(ops.ReleaseFileHandle, 6, 60), (ops.ForgetInode, 6, 1)]),
+            (Opcode.OPEN, BODIES[Opcode.OPEN], [(ops.ReleaseFileHandle, 7, 70)]),
+            (Opcode.OPENDIR, BODIES[Opcode.OPENDIR], [(ops.ReleaseDirHandle, 7, 80)]),
+        ],
+    )
+    @on_both_loops
+    async def test_reply_that_was_not_delivered(
+        self, opcode: Opcode, body: bytes, undone: list[tuple[type[ops.Op], int, int]], error: int
+    ) -> None:
+        """No FORGET and no RELEASE come for it, so the dispatcher makes them."""
+        filesystem = Making()
+        async with served(filesystem) as kernel:
+            kernel.device.refuse_next = -error
+            unique = kernel.send(opcode, body)
+            if error == errno.EINVAL:
+                assert await kernel.reply() == (unique, errno.EIO, b"")
+            await kernel.nothing_more()
+            await until(lambda: len(filesystem.undone) >= len(undone))
+        assert [
+            (type(op), op.nodeid, op.count if isinstance(op, ops.ForgetInode) else op.fh)  # type: ignore[attr-defined]
+            for op in filesystem.undone
+        ] == undone
+
+
+class TestBackPressure:
+    @on_both_loops
+    async def test_running_handlers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "MAX_RUNNING", 2)
+        gate = Gate()
+        filesystem = Scripted(gate)
+        async with served(filesystem) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(5)]
+            await until(lambda: len(gate.futures) == 2)
+            await asyncio.sleep(0.02)
+            assert filesystem.started == sent[:2]
+            for number, unique in enumerate(sent):
+                most = min(5, number + 2)
+                await until(partial(filesystem.has_started, most))
+                assert len(filesystem.started) == most
+                gate.open(unique)
+                assert (await kernel.reply()).unique == unique
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_buffers_of_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "MAX_BUFFERS", 2)
+        gate = Gate()
+        filesystem = Scripted(gate)
+        async with served(filesystem) as kernel:
+            sent = [kernel.send(Opcode.WRITE, write_body(b"data")) for _ in range(4)]
+            await until(lambda: len(gate.futures) == 2)
+            await asyncio.sleep(0.02)
+            assert filesystem.started == sent[:2]
+            for unique in sent:
+                await until(partial(gate.futures.get, unique))
+                gate.open(unique)
+                assert (await kernel.reply()).unique == unique
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_locks_that_wait_do_not_keep_others_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The request that will end their wait, or the INTERRUPT, must be read, however many wait."""
+        monkeypatch.setattr(dispatcher, "MAX_RUNNING", 2)
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            sent = [kernel.send(Opcode.SETLKW, BODIES[Opcode.SETLKW]) for _ in range(5)]
+            await until(lambda: len(gate.futures) == 5)
+            kernel.interrupt(sent[4])
+            assert (await kernel.reply())[:2] == (sent[4], errno.EINTR)
+            for unique in sent[:4]:
+                gate.open(unique)
+                assert (await kernel.reply()).unique == unique
+
+
+class TestEnd:
+    @on_both_loops
+    async def test_running_handlers_are_cancelled(self) -> None:
+        gate = Gate()
+        filesystem = Scripted(gate)
+        async with served(filesystem) as kernel:
+            read, made = kernel.send(Opcode.GETATTR, GETATTR), kernel.send(Opcode.MKDIR, MKDIR)
+            await until(lambda: len(gate.futures) == 2)
+        assert sorted(filesystem.finished) == [read, made]
+        assert all(future.cancelled() for future in gate.futures.values())
+
+    @on_both_loops
+    async def test_waits_for_handlers_that_clean_up(self) -> None:
+        async def script(op: ops.Op) -> None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                await asyncio.sleep(0.02)
+
+        filesystem = Scripted(script)
+        async with served(filesystem) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: filesystem.started)
+        assert filesystem.finished == [unique]
+
+    @on_both_loops
+    async def test_when_nothing_runs(self) -> None:
+        async with served(Scripted()) as kernel:
+            await kernel.nothing_more()
+        assert kernel.dispatcher.ended.result() == errno.ENODEV
+
+    @on_both_loops
+    async def test_requests_before_the_end_are_served(self) -> None:
+        filesystem = Scripted()
+        async with served(filesystem) as kernel:
+            sent = [kernel.send(Opcode.MKDIR, MKDIR) for _ in range(5)]
+        assert filesystem.finished == sent
+
+
+@on_both_loops
+async def test_end_of_burst() -> None:
+    """It comes when all that had arrived is started and some of it waits; what it lets go on is answered."""
+
+    class Batching(Scripted):
+        def __init__(self) -> None:
+            super().__init__(self.join)
+            self.batch: list[asyncio.Future[None]] = []
+            self.sizes: list[int] = []
+
+        async def join(self, op: ops.Op) -> None:
+            future = asyncio.get_running_loop().create_future()
+            self.batch.append(future)
+            await future
+
+        def end_of_burst(self) -> None:
+            if self.batch:
+                self.sizes.append(len(self.batch))
+                for future in self.batch:
+                    future.set_result(None)
+                self.batch = []
+
+    filesystem = Batching()
+    async with served(filesystem) as kernel:
+        sent = [kernel.send(Opcode.MKDIR, MKDIR) for _ in range(10)]
+        assert sorted([(await kernel.reply()).unique for _ in sent]) == sent
+    assert sum(filesystem.sizes) == 10
+    assert max(filesystem.sizes) > 1
+
+
+@on_both_loops
+async def test_status_has_a_default() -> None:
+    async with served(FileSystem()) as kernel:
+        reply = await kernel.call(Opcode.STATFS)
+    status = FileSystemStatus()
+    assert reply.body == struct.pack(
+        "=QQQQQIII28x", 0, 0, 0, 0, 0, status.block_size, status.name_max, status.block_size
+    )
