@@ -45,6 +45,7 @@ _NO_CHANGE = SetAttr()
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 _PERMISSIONS = 0o7777
 _DOT_OFFSET, _DOTDOT_OFFSET = 1, 2
+"""Cookies of ``.`` and ``..``; those of dentries begin at FIRST_COOKIE."""
 _MOST_COPIED = 0x7FFFF000
 """Largest result of one copy_file_range (MAX_RW_COUNT)."""
 

@@ -22,10 +22,10 @@ from polefs.meta.model import FILE_SIZE_MAX, Inode
 _MEMORY_PER_FILE: Final = 64 << 10
 """What one file's layer may keep in memory, with the bytes in the journal; beyond, its writes go to a replica."""
 
-_MEMORY_PER_SYNCED_FILE: Final = 8 << 20
+_MEMORY_PER_SYNCED_FILE: Final = 16 << 20
 _SMALL_WRITE: Final = 64 << 10
 """The same for a file that somebody calls fsync on, for writes up to this size: there is then only the journal to sync,
-and not a replica as well."""
+and not a replica as well. Write-back starts at half of it."""
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -87,6 +87,8 @@ class DirtyFiles:
         source: DirtySource
         if state.synced_often:
             in_memory = length <= _SMALL_WRITE and memory + length <= _MEMORY_PER_SYNCED_FILE
+            if memory * 2 > _MEMORY_PER_SYNCED_FILE:
+                self.urgent.set()
         else:
             in_memory = layer.replica is None and memory + length <= _MEMORY_PER_FILE
         if in_memory:

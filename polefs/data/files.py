@@ -206,34 +206,43 @@ class FileStore:
         if source.ino == target.ino and abs(source_offset - target_offset) < length:
             raise _error(errno.EINVAL)
         if length >= SHARE_MIN:
-            shared = await self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX))
+            shared = await self._flusher.exclusively(
+                self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX), now)
+            )
             if shared is not None:
                 return shared
         return await self._copy(source.ino, source_offset, target.ino, target_offset, min(length, _COPY_MAX), now)
 
-    async def _share(self, source: int, source_offset: int, target: int, target_offset: int, length: int) -> int | None:
-        """None when it cannot be done: the target is inline, or is being written to all the time."""
+    async def _share(
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
+    ) -> int | None:
+        """No write-back may be going on. None when it cannot be done: the target is inline, or being written to all the
+        time."""
         for _ in range(_SHARE_ATTEMPTS):
             if self._find(source) or self._find(target):
-                await self._flusher.flush_files((source, target))
+                await self._flusher.commit_files((source, target))
             if self._dirty.told_by_journal(target):
                 # A replay must not bring older contents back; it may leave them out once they are durable elsewhere.
                 await self._meta.sync()
-            found = await self._meta.get_inode(source)
             if self._find(target):
                 continue
-            length = min(length, found.size - source_offset)
+            length = min(length, (await self._meta.get_inode(source)).size - source_offset)
             if length <= 0:
                 return 0
             if self._dirty.told_by_journal(target):
                 self._dirty.forget_journal(target)
             try:
-                await self._meta.clone_range(source, source_offset, length, target, target_offset)
+                inode = await self._meta.clone_range(source, source_offset, length, target, target_offset)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:
                     return None
                 raise
-            self._extents.invalidate(target)
+            finally:
+                self._extents.invalidate(target)
+            state = self._find(target)
+            if state is not None and state.size < target_offset + length:
+                # Written to, by a file size that is no more, while the metadata changed.
+                self._dirty.punch(inode, 0, 0, target_offset + length, now)
             return length
         return None
 
@@ -257,6 +266,7 @@ class FileStore:
         """The user sets a file's modification time: no commit and no replay may bring an older one back. To be called
         right before ``MetaAPI.set_attributes``, for every regular file."""
         self._dirty.set_mtime(ino, mtime)
+        self._writeback.leave_mtime(ino)
 
     async def sync(self, ino: int, datasync: bool = False) -> None:
         """fsync(2), or fdatasync(2), which is the same here: everything acknowledged before survives the loss of

@@ -6,10 +6,14 @@ import asyncio
 import errno
 import logging
 import os
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 from polefs.data.dirty import DirtyFiles
 from polefs.data.writeback import WriteBack
 from polefs.meta.api import MetaAPI
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ class Flusher:
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Future[None] | None = None
+        self._working: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="flusher")
@@ -49,20 +54,52 @@ class Flusher:
             await asyncio.shield(self._room)
 
     async def flush_files(self, inos: tuple[int, ...]) -> None:
-        """Write back these files now. Their journal records stay until the next round."""
-        async with self._lock:
-            works = [work for ino in inos if (work := self._dirty.seal(ino)) is not None]
-            if works:
-                await self._writeback.commit(works)
+        """Write back these files now. Their journal records stay until the next round. A caller that is cancelled does
+        not stop it."""
+        await self.exclusively(self.commit_files(inos))
+
+    async def exclusively(self, work: Coroutine[None, None, T]) -> T:
+        """Run ``work`` to its end while no write-back is going on. A caller that is cancelled does not stop it."""
+        return await self._uncancelled(self._locked(work))
+
+    async def commit_files(self, inos: tuple[int, ...]) -> None:
+        """As ``flush_files``, within ``exclusively``."""
+        works = [work for ino in inos if (work := self._dirty.seal(ino)) is not None]
+        if works:
+            await self._writeback.commit(works)
 
     async def flush(self) -> None:
-        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure."""
+        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure. A
+        caller that is cancelled does not stop it."""
+        await self._uncancelled(self._flush())
+
+    async def _uncancelled(self, work: Coroutine[None, None, T]) -> T:
+        task = asyncio.get_running_loop().create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._worked)
+        return await asyncio.shield(task)
+
+    def _worked(self, task: asyncio.Task[Any]) -> None:
+        self._working.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked for it may be gone
+
+    async def _locked(self, work: Coroutine[None, None, T]) -> T:
+        async with self._lock:
+            return await work
+
+    async def _flush(self) -> None:
         async with self._lock:
             try:
                 await self._round()
-            except OSError as error:
+            except Exception as error:
                 self._failures += 1
-                self._release(error)
+                if isinstance(error, OSError):
+                    log.error("write-back failed: %s", error)
+                    self._release(error)
+                else:
+                    log.exception("write-back failed")
+                    self._release(OSError(errno.EIO, os.strerror(errno.EIO)))
                 raise
             self._failures = 0
             self._release(None)
@@ -71,9 +108,9 @@ class Flusher:
         dirty = self._dirty
         if dirty.log.empty and not dirty.changed.is_set():
             return
+        dirty.urgent.clear()
         await dirty.log.rotate()
         dirty.changed.clear()
-        dirty.urgent.clear()
         epoch = dirty.log.epoch
         try:
             await self._writeback.commit(dirty.work(epoch))
@@ -106,10 +143,6 @@ class Flusher:
             except TimeoutError:
                 pass
             try:
-                await asyncio.shield(self.flush())
-            except OSError as error:
-                log.error("write-back failed, will be tried again: %s", error)
-            except Exception as error:
-                log.exception("write-back failed, will be tried again")
-                self._failures += 1
-                self._release(OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {error}"))
+                await self.flush()
+            except Exception:
+                continue  # it stands in the log, and is tried again after a while

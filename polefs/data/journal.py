@@ -37,7 +37,7 @@ RECYCLED_MAX: Final = 64 << 20
 """A finished journal is kept for its blocks up to this size, bytes: overwriting blocks that exist makes an append and
 its fdatasync two to three times cheaper than growing a file."""
 
-_FIRST_SIZE: Final = 4 << 20
+_FIRST_SIZE: Final = 16 << 20
 """Written with zeros when there is no journal to recycle, bytes."""
 
 SPARE_NAME: Final = "spare"

@@ -32,7 +32,7 @@ class Replica:
         self.ino = ino
         self.generation = generation
         self.path = os.path.join(directory, replica_name(ino, generation))
-        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_TRUNC if create else 0)
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         self.fd = os.open(self.path, flags, 0o600)
         self.writes = 0
         self.synced = 0

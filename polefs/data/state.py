@@ -32,15 +32,14 @@ class Layer:
 
 class FileState:
     """The layers of one file, oldest first; never empty. ``journal_epoch`` and ``journal_end`` are where the file's
-    latest record ends. ``generation`` numbers its replicas. ``synced_often`` is set by fsync: such a file's small
-    writes go to the journal, which is then all that an fsync has to wait for."""
+    latest record ends. ``synced_often`` is set by fsync: such a file's small writes go to the journal, which is then
+    all that an fsync has to wait for. ``gone``: the file was removed."""
 
-    __slots__ = ("generation", "gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
+    __slots__ = ("gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
 
     def __init__(self, ino: int) -> None:
         self.ino: Final = ino
         self.layers: list[Layer] = []
-        self.generation = 0
         self.journal_epoch = 0
         self.journal_end = 0
         self.synced_often = False

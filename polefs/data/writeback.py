@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from typing import Final
 
@@ -21,9 +21,12 @@ from polefs.objects.base import ObjectStore, segment_key
 
 log = logging.getLogger(__name__)
 
-_BATCH_FILES: Final = 64
+_BATCH_FILES: Final = 32
 _BATCH_BYTES: Final = 16 << 20
-"""A batch, and so a metadata transaction, is closed when it has this many files or bytes."""
+"""A batch is closed when it has this many files or bytes."""
+
+_EXTENTS: Final = 128
+"""Extents a metadata transaction: one takes about 10 us of the event loop."""
 
 _BATCHES: Final = 3
 """Batches in flight."""
@@ -53,6 +56,8 @@ class _Plan(msgspec.Struct):
     pieces: list[DataPiece] = []
     adopt: Replica | None = None
     extents: list[Extent] = []
+    at_once: bool = False
+    """The commit must not be divided: what is inline now is among its extents."""
 
     @property
     def bytes(self) -> int:
@@ -79,6 +84,7 @@ class WriteBack:
         self._settled = settled
         self.doubtful: list[int] = []
         """Segments that were written while it is not known whether they were committed."""
+        self._committing: dict[int, DataCommit] = {}
         self._slots = asyncio.Semaphore(_SEGMENTS)
         self.ids = SegmentIds(meta, taken)
 
@@ -121,6 +127,12 @@ class WriteBack:
                 log.error("write-back: %s", other)
             raise errors[0]
 
+    def leave_mtime(self, ino: int) -> None:
+        """A commit of this file that is waiting for its transaction leaves the modification time alone."""
+        commit = self._committing.get(ino)
+        if commit is not None:
+            commit.mtime = None
+
     async def _plan(self, work: Work) -> _Plan | None:
         state = work.state
         if state.gone:
@@ -145,6 +157,7 @@ class WriteBack:
                 # Too large to be inline from now on: what was is carried over.
                 stop = min(end, len(inode.inline))
                 plan.pieces.append((start, stop, Chunk(0, inode.inline)))
+                plan.at_once = True
         if inode.inline is not None and all(_is_of(source, inode.inline) for _, _, source in plan.pieces):
             plan.pieces = []  # nothing is added: it may stay inline
         if size >= ADOPT_MIN:
@@ -174,12 +187,21 @@ class WriteBack:
             )
             for number, group in zip(ids, packed, strict=True):
                 _add_extents(batch, group, number)
-            await self._meta.commit_data(segments, [_data_commit(plan) for plan in batch if not plan.work.state.gone])
+            for some, commits in _transactions(batch, {segment.id: segment for segment in segments}):
+                await self._commit(some, commits)
         except BaseException:
             self.doubtful.extend(segment.id for segment in segments)
             raise
         for plan in batch:
             self._settled(plan.work.state, plan.work.depth)
+
+    async def _commit(self, segments: list[Segment], commits: list[DataCommit]) -> None:
+        self._committing.update((commit.ino, commit) for commit in commits)
+        try:
+            await self._meta.commit_data(segments, commits)
+        finally:
+            for commit in commits:
+                del self._committing[commit.ino]
 
     async def _write_segment(self, number: int, runs: Sequence[Run], written: list[Segment]) -> None:
         async with self._slots:
@@ -243,10 +265,38 @@ def _add_extents(batch: Sequence[_Plan], runs: Sequence[Run], segment: int) -> N
         offset += length
 
 
-def _data_commit(plan: _Plan) -> DataCommit:
+def _transactions(
+    batch: Iterable[_Plan], segments: dict[int, Segment]
+) -> Iterator[tuple[list[Segment], list[DataCommit]]]:
+    """The commits of a batch in transactions of about ``_EXTENTS`` extents. A file may be committed in several: its
+    layers stay above them until the last. A segment goes with the first extent that refers to it; without one it
+    would be dead."""
+    left = dict(segments)
+    commits: list[DataCommit] = []
+    used: list[Segment] = []
+    count = 0
+    for plan in batch:
+        first = 0
+        while not plan.work.state.gone:
+            stop = len(plan.extents) if plan.at_once else min(len(plan.extents), first + _EXTENTS - count)
+            part = plan.extents[first:stop]
+            commits.append(_data_commit(plan, part, plan.drops if first == 0 else []))
+            used += [left.pop(number) for number in {extent.segment for extent in part} if number in left]
+            count += len(part)
+            first = stop
+            if count >= _EXTENTS:
+                yield used, commits
+                commits, used, count = [], [], 0
+            if first >= len(plan.extents):
+                break
+    if commits or left:
+        yield [*used, *left.values()], commits
+
+
+def _data_commit(plan: _Plan, extents: list[Extent], drops: list[tuple[int, int]]) -> DataCommit:
     # The time is read as late as this: the user may have set it while the contents were being written.
     mtime = None
     for layer in plan.work.state.layers[: plan.work.depth]:
         if layer.mtime is not None:
             mtime = layer.mtime
-    return DataCommit(plan.work.state.ino, plan.size, mtime, plan.drops, plan.extents, plan.inline)
+    return DataCommit(plan.work.state.ino, plan.size, mtime, drops, extents, plan.inline)

@@ -30,6 +30,9 @@ XATTR_SIZE_MAX = 65536
 XATTR_LIST_MAX = 65536
 """Limits of extended attributes (linux/limits.h): name, value, and the list of all names of one inode, bytes."""
 
+FIRST_COOKIE = 16
+"""The smallest cookie of a dentry; those below are for ``.`` and ``..``, and 0 is the beginning of a listing."""
+
 INLINE_MAX = 4096
 """Largest file whose contents stand in its inode row, bytes."""
 
@@ -57,7 +60,7 @@ class Caller(msgspec.Struct, frozen=True):
     pid: int = 0
 
 
-class Inode(msgspec.Struct):
+class Inode(msgspec.Struct, array_like=True):
     """One inode row. ``mode`` holds the file type and the 12 permission bits, as st_mode does.
 
     ``allocated`` is what st_blocks tells, in bytes: the extents' lengths, or the length of the inline contents.

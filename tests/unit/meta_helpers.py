@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,15 @@ from polefs.meta.check import check
 from polefs.meta.model import ROOT_INO, Caller, DataCommit, Extent, Inode, Segment, SetAttr
 from polefs.meta.service import MetaService
 from polefs.meta.store.sqlite import SqliteStore
+from polefs.meta.store.transaction import SqliteTransaction
 
 T = TypeVar("T")
+
+
+def examples(count: int) -> int:
+    """How many examples a hypothesis test tries: 20 times as many with POLEFS_STRESS=1 in the environment."""
+    return count * 20 if os.environ.get("POLEFS_STRESS") == "1" else count
+
 
 ROOT = Caller(0, 0)
 USER = Caller(1000, 100)
@@ -53,14 +61,29 @@ class Meta:
         self._open()
 
     def crash(self) -> None:
-        """Go on with a new session while the old one has not been ended. A dead process has no checkpoint running."""
+        """Go on with a new session as if the process of the old one had died."""
+        self.kill()
+        self._open()
+
+    def kill(self) -> None:
+        """Leave what a process leaves that is killed: what its transaction holds is gone. Checkpoints end first."""
 
         async def settle() -> None:
             while self.store._checkpoint is not None:
                 await asyncio.wait([self.store._checkpoint])
 
+        store = self.store
         self.run(settle())
-        self._open()
+        store._stop_timer()
+        store._roll_back()
+        store._let_go()
+        store._connection.close()
+        store._closed = True
+        assert store._redo is not None and store._wal is not None
+        store._redo.close(remove=False)
+        store._wal._threads.shutdown()
+        store._wal._connection.close()
+        os.close(store._wal._fd)
 
     def _open(self) -> None:
         self.store = SqliteStore.open(self.path)
@@ -150,6 +173,12 @@ class Meta:
 
     def dead(self) -> list[int]:
         return self.run(self.service.dead_segments(1000))
+
+
+async def change_and_fail(tx: SqliteTransaction) -> None:
+    """A body with a bug: its turn is taken back."""
+    await tx.add_orphan(4711)
+    raise ValueError("bug")
 
 
 @contextmanager

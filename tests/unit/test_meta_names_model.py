@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from polefs.meta.api import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from polefs.meta.model import ROOT_INO
-from tests.unit.meta_helpers import ROOT, Meta
+from tests.unit.meta_helpers import ROOT, Meta, change_and_fail, examples, fails
 
 NAMES = st.sampled_from([b"a", b"b", b"c", b"d"])
 FLAGS = st.sampled_from([0, 0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT])
@@ -203,6 +203,22 @@ class Names(RuleBasedStateMachine):
     def forget_caches(self) -> None:
         self.meta.store._tx._caches.clear()
 
+    @rule()
+    def abort(self) -> None:
+        with fails(errno.EIO):
+            self.meta.run(self.meta.store.write(change_and_fail))
+
+    @rule()
+    def crash(self) -> None:
+        self.meta.crash()
+        # What had no name went with its session.
+        self.nodes = [node for node in self.nodes if node.nlink]
+        self.folders = [node for node in self.folders if node.nlink]
+
+    @rule()
+    def sync(self) -> None:
+        self.meta.run(self.meta.service.sync())
+
     @invariant()
     def same_tree(self) -> None:
         for folder in self.folders:
@@ -233,7 +249,9 @@ class Names(RuleBasedStateMachine):
 
 
 def test_names_against_a_model() -> None:
-    run_state_machine_as_test(Names, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(
+        Names, settings=settings(max_examples=examples(20), stateful_step_count=40, deadline=None)
+    )
 
 
 @pytest.mark.parametrize("flags", [0, RENAME_EXCHANGE])

@@ -20,6 +20,7 @@ from polefs.meta.check import check
 from polefs.meta.model import ROOT_INO, Inode
 from polefs.meta.store import schema, sqlite
 from polefs.meta.store.base import FormatError
+from polefs.meta.store.redo import read_log
 from polefs.meta.store.sqlite import SqliteStore
 from polefs.meta.store.transaction import SqliteTransaction
 from tests.unit.meta_helpers import ROOT, Meta, fails, meta
@@ -39,13 +40,29 @@ def commits(meta: Meta) -> int:
 # Transactions
 
 
-def test_one_turn_is_one_transaction(meta: Meta) -> None:
+def test_many_turns_are_one_transaction(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta.run(meta.service.sync())
     before = commits(meta)
     made = meta.together(*(create(meta, b"%d" % number) for number in range(50)))
+    made += [meta.file(b"%d" % number) for number in range(50, 60)]
+    assert commits(meta) == before
+    assert len({inode.ino for inode in made}) == 60
+    monkeypatch.setattr(sqlite, "_COMMIT_ROWS", 70)
+    meta.file(b"60")
     assert commits(meta) == before + 1
-    assert len({inode.ino for inode in made}) == 50
     meta.reopen()
-    assert len(meta.names()) == 50
+    assert len(meta.names()) == 61
+
+
+def test_a_transaction_commits_after_a_moment(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta.run(meta.service.sync())
+    before = commits(meta)
+    committed = asyncio.Event()
+    plain = meta.store._committed
+    monkeypatch.setattr(meta.store, "_committed", lambda: (plain(), committed.set()))
+    meta.file(b"f")
+    meta.run(committed.wait())
+    assert commits(meta) == before + 1 and not meta.store._connection.in_transaction
 
 
 def test_a_failed_operation_leaves_its_turn_alone(meta: Meta) -> None:
@@ -67,17 +84,19 @@ def test_an_operation_that_changes_nothing_commits_nothing(meta: Meta) -> None:
     assert commits(meta) == before
 
 
-def test_a_write_returns_after_the_commit(meta: Meta) -> None:
+def test_a_write_returns_after_it_is_in_the_redo_log(meta: Meta) -> None:
     async def scenario() -> None:
         task = asyncio.create_task(create(meta, b"f"))
         while (await asyncio.sleep(0)) or not task.done():
-            if meta.store._connection.in_transaction:
+            if meta.store._turn:
                 assert not task.done()
-        with sqlite3.connect(meta.path) as other:
-            assert other.execute("SELECT count(*) FROM dentry").fetchone() == (1,)
-        other.close()
 
     meta.run(scenario())
+    with sqlite3.connect(meta.path) as other:
+        assert other.execute("SELECT count(*) FROM dentry").fetchone() == (0,)
+        (generation,) = other.execute("SELECT redo FROM volume").fetchone()
+    other.close()
+    assert len(read_log(meta.path + "-redo", generation)) == 1
 
 
 def test_a_cancelled_caller_disturbs_nobody(meta: Meta) -> None:
@@ -148,6 +167,7 @@ class FailingCommit:
 def test_a_failed_commit_fails_its_operations(
     meta: Meta, monkeypatch: pytest.MonkeyPatch, code: int, expected: int
 ) -> None:
+    monkeypatch.setattr(sqlite, "_COMMIT_ROWS", 5)
     kept = meta.file(b"kept")
     error = sqlite3.OperationalError("the disk")
     error.sqlite_errorcode = code
@@ -222,7 +242,9 @@ def test_checkpoints_bound_the_log(meta: Meta, monkeypatch: pytest.MonkeyPatch) 
 def test_a_reader_in_another_process_only_delays_the_checkpoint(meta: Meta, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "_WAL_ROWS", 100)
     meta.store._checkpoint_at = 100
+    monkeypatch.setattr(sqlite, "_COMMIT_ROWS", 10)
     meta.file(b"first")
+    meta.run(meta.service.sync())
     reader = sqlite3.connect(meta.path, isolation_level=None)
     reader.execute("BEGIN")
     assert reader.execute("SELECT count(*) FROM dentry").fetchone() == (1,)
@@ -251,6 +273,7 @@ from polefs.meta.store import sqlite
 from polefs.meta.store.sqlite import SqliteStore
 
 sqlite._WAL_ROWS = 2000
+sqlite._COMMIT_ROWS = int(sys.argv[2])
 
 async def work(service, worker):
     number = 0
@@ -278,11 +301,13 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("lines", [1, 300, 5000, 20000])
-def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path, lines: int) -> None:
+@pytest.mark.parametrize(("lines", "rows"), [(1, 1000), (150, 1000), (700, 10), (3000, 300), (10000, 1000)])
+def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path, lines: int, rows: int) -> None:
     path = str(tmp_path / "meta.db")
     SqliteStore.create(path, name="test").shutdown()
-    child = subprocess.Popen([sys.executable, "-c", CHILD, path], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, path, str(rows)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
     assert child.stdout is not None
     log = [child.stdout.readline() for _ in range(lines)]
     child.send_signal(signal.SIGKILL)
@@ -315,18 +340,23 @@ def test_nothing_acknowledged_is_lost_when_the_process_is_killed(tmp_path: Path,
 # Sessions and formats
 
 
-def test_a_session_that_was_taken_over_is_refused(meta: Meta, caplog: pytest.LogCaptureFixture) -> None:
-    old = meta.store
-    service = meta.service
-    meta.file(b"1")
-    meta.crash()
-    with fails(ESTALE):
-        meta.run(service.make_node(ROOT, ROOT_INO, b"2", 0o100644, 0))
-    with fails(ESTALE):
-        meta.run(service.touch_atime([(1, 1)]))
-    meta.file(b"3")
-    assert meta.names() == [b"1", b"3"]
-    meta.run(old.close())
+def test_a_session_that_was_taken_over_is_refused(tmp_path: Path) -> None:
+    old = Meta(tmp_path)
+    old.file(b"1")
+    old.run(old.service.sync())
+    new = Meta(tmp_path)
+    # Refused when the new one has written, and when it is in the middle of that.
+    for number in range(2):
+        with fails(ESTALE):
+            old.file(b"2")
+        with fails(ESTALE):
+            old.run(old.service.touch_atime([(1, 1)]))
+        new.file(b"new%d" % number)
+    assert len(new.names()) == 3
+    old.run(old.store.close())
+    old.runner.close()
+    new.assert_clean()
+    new.close()
 
 
 def test_counts_after_a_crash(meta: Meta) -> None:

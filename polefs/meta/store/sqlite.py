@@ -1,9 +1,10 @@
-"""A volume in one SQLite database: transactions shared by the operations of one turn of the event loop.
+"""A volume in one SQLite database: a transaction shared by many operations, and a redo log of what it holds.
 
-A write body runs at once in the transaction that is open, or opens it; the commit comes once the loop has run what was
-ready, and only then do the writes return. A commit survives the death of the process; ``sync`` makes it survive the
-loss of power. Who opens a database for writing holds the volume's lock (the node's); the session row is the second
-line.
+A write body runs at once in the transaction that is open, or opens it. At the end of the turn (``end_turn``, or when
+the loop has run what was ready) the turn's changes go to the redo log, and only then do the writes return: they survive
+the death of the process. The transaction commits after hundreds of changes, or a moment; ``sync`` commits and makes
+everything survive the loss of power. Who opens a database for writing holds the volume's lock (the node's); the session
+row is the second line.
 """
 
 from __future__ import annotations
@@ -13,21 +14,18 @@ import errno
 import logging
 import os
 import sqlite3
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
-from urllib.parse import quote
 
-import msgspec
-
-from polefs.meta.model import DIRECTORY_SIZE, ROOT_INO, Inode, Usage
-from polefs.meta.store import schema
-from polefs.meta.store.base import FormatError
+from polefs.meta.model import Inode, Usage
+from polefs.meta.store import database, schema
+from polefs.meta.store.database import os_error
+from polefs.meta.store.redo import Redo
 from polefs.meta.store.transaction import Caches, SqliteTransaction
 from polefs.meta.store.turn import Commit
-from polefs.meta.store.wal import Wal, sync_directory
+from polefs.meta.store.wal import Wal
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +36,17 @@ _WAL_ROWS = 24_000
 """Changed rows after which the write-ahead log is copied back: some 32 MiB of it at most. When three times as many more
 come while that goes on, writes wait for its end."""
 
-_CACHE_KIB = 65536
-"""SQLite's page cache, KiB."""
+_COMMIT_ROWS = 500
+"""Changed rows after which the transaction commits. The loop stands still for that: 3 ms when each row is in another
+page."""
+
+_COMMIT_AFTER = 0.2
+"""Seconds after which it commits anyway."""
+
+_RETRY_AFTER = 2.0
+"""Seconds until what was acknowledged is tried again, when it could not be committed."""
+
+_COUNT = "SELECT coalesce(sum(allocated), 0), count(*) FROM inode"
 
 
 class SqliteStore:
@@ -58,64 +65,43 @@ class SqliteStore:
         self.created: int = row[2]
         """When the volume was made, ns."""
         self.durability: str = row[3]
-        usage_bytes, inodes = self._count()
+        usage_bytes, inodes, exact = self._execute("SELECT bytes, inodes, exact FROM usage").fetchone()
+        if not exact:
+            usage_bytes, inodes = self._execute(_COUNT).fetchone()
         self._usage = Usage(usage_bytes, inodes, row[4], row[5])
         self._saved_usage = (usage_bytes, inodes)
+        """What is in use after the last turn that was acknowledged."""
         self.session = 0
         self._epoch = 0
+        self._fenced = False
+        self._snapshot: sqlite3.Cursor | None = None
         self._wal: Wal | None = None
+        self._redo: Redo | None = None
         if not read_only:
             self._begin_session()
-            self._wal = Wal(path, _uri(path, "rw"))
-            self._wal.commits = 1
         caches = Caches(*cache)
         self._inodes = caches.inodes
         self._inlined = caches.inlined
         self._names = caches.names
         self._tx = SqliteTransaction(connection, caches, self._usage, self.session)
-        self._snapshot: sqlite3.Cursor | None = None
-        if not read_only:
-            self._hold()
         self._open = False
+        """A transaction has begun."""
+        self._turn = False
+        """Operations have run that are not acknowledged yet."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._broken = 0
+        """errno of a failure after which the database lacks what the redo log holds: only opening it anew helps."""
         self._closed = False
-        self._fenced = False
         self._waiters: list[Commit] = []
         self._changes_before = 0
         self._gate: asyncio.Future[None] | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._checkpoint_at = _WAL_ROWS
 
-    # Making and opening
-
     @classmethod
     def create(cls, path: str, *, name: str, bytes_limit: int = 0, inodes_limit: int = 0) -> SqliteStore:
         """Make a new volume, durably, and open it. FileExistsError when there is a file already."""
-        now = time.time_ns()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        connection = _connect(path, "rw")
-        try:
-            execute = connection.execute
-            execute(f"PRAGMA page_size = {schema.PAGE_SIZE}")
-            execute("PRAGMA synchronous = FULL")
-            execute("BEGIN IMMEDIATE")
-            for statement in schema.TABLES:
-                execute(statement)
-            execute(
-                "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, 1, 1)",
-                (name, uuid.uuid4().bytes, now, bytes_limit, inodes_limit, ROOT_INO + 1),
-            )
-            root = Inode(
-                ROOT_INO, 0o40755, os.geteuid(), os.getegid(), 2, DIRECTORY_SIZE, 0, now, now, now, now, 0, ROOT_INO
-            )
-            execute(schema.PUT_INODE, msgspec.structs.astuple(root))
-            execute("INSERT INTO usage VALUES (1, 0, 1, 1)")
-            execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
-            execute(f"PRAGMA user_version = {schema.FORMAT}")
-            execute("COMMIT")
-            execute("PRAGMA journal_mode = WAL").fetchall()
-        finally:
-            connection.close()
-        sync_directory(os.path.dirname(path) or ".")
+        database.make(path, name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
         return cls.open(path)
 
     @classmethod
@@ -125,34 +111,16 @@ class SqliteStore:
         """Open a volume and begin a session, which ends every older one. ``cache``: how many inodes, inodes with inline
         contents and names are kept in memory. FormatError when it is no volume or of another format,
         FileNotFoundError, EACCES when its directory is not writable (``read_only`` then needs a volume that was
-        closed cleanly)."""
+        closed cleanly), EBUSY when another process is writing to it, EIO."""
         path = os.path.abspath(path)
-        os.stat(path)
-        writable = os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-        if not writable and (not read_only or _log_is_pending(path)):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-        connection = _connect(path, "rw" if writable else "ro&immutable=1")
+        connection = database.open_connection(path, read_only=read_only)
         try:
-            _check_format(connection, path)
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute("PRAGMA wal_autocheckpoint = 0")
-            connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            connection.execute("PRAGMA temp_store = MEMORY")
-            # Deleted rows are not wiped: that would write pages that are free.
-            connection.execute("PRAGMA secure_delete = OFF")
-            if read_only:
-                connection.execute("PRAGMA query_only = ON")
             return cls(path, connection, read_only=read_only, cache=cache)
-        except BaseException:
-            connection.close()
+        except BaseException as error:
+            database.abandon(connection)
+            if isinstance(error, sqlite3.Error):
+                raise os_error(error) from error
             raise
-
-    def _count(self) -> tuple[int, int]:
-        """Bytes and inodes in use: as noted at a clean end, else counted."""
-        usage_bytes, inodes, exact = self._execute("SELECT bytes, inodes, exact FROM usage").fetchone()
-        if not exact:
-            usage_bytes, inodes = self._execute("SELECT coalesce(sum(allocated), 0), count(*) FROM inode").fetchone()
-        return usage_bytes, inodes
 
     def _begin_session(self) -> None:
         execute = self._execute
@@ -163,7 +131,20 @@ class SqliteStore:
         execute("DELETE FROM session")
         execute("INSERT INTO session(id, epoch, expires, info) VALUES (?, ?, 0, ?)", (self.session, self._epoch, b""))
         execute("UPDATE usage SET exact = 0")
+        # Of its own generation, even when the log holds nothing: after a loss of power there may be records in it
+        # beyond one that is not whole.
+        generation = database.new_generation()
+        execute("UPDATE volume SET redo = ?", (generation,))
         execute("COMMIT")
+        self._redo = Redo(self.path + database.REDO)
+        try:
+            self._redo.begin(generation)
+            self._wal = Wal(self.path, database.uri(self.path, "rw"))
+            self._wal.commits = 1
+            self._hold()
+        except BaseException:
+            self._redo.close(remove=False)
+            raise
 
     # Reading
 
@@ -177,19 +158,30 @@ class SqliteStore:
     async def read(
         self, body: Callable[Concatenate[SqliteTransaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
+        if self._broken:
+            raise OSError(self._broken, os.strerror(self._broken))
         try:
             return await body(self._tx, *args, **kwargs)
         except sqlite3.Error as error:
             log.exception("reading metadata failed")
-            raise _os_error(error) from error
+            raise self._reading_failed(error) from error
 
     def rows(self, statement: str, parameters: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         """Rows of any query, streamed, for the checker and the administrator's tools. OSError on failure."""
+        if self._broken:
+            raise OSError(self._broken, os.strerror(self._broken))
         try:
             self._tx.write_inodes()
             yield from self._connection.execute(statement, parameters)
         except sqlite3.Error as error:
-            raise _os_error(error) from error
+            raise self._reading_failed(error) from error
+
+    def _reading_failed(self, error: sqlite3.Error) -> OSError:
+        failure = os_error(error)
+        # Reading writes too: collected inodes, and pages that the cache has no room for. SQLite may then roll back.
+        if self._open and not self._connection.in_transaction:
+            self._abort(failure.errno or errno.EIO)
+        return failure
 
     def noted_usage(self) -> tuple[int, int]:
         """Bytes and inodes in use, as this session counts them."""
@@ -199,6 +191,9 @@ class SqliteStore:
     def repairing(self) -> Iterator[schema.Execute]:
         """Any statements in one transaction of their own, for the checker; everything is read anew afterwards. Nothing
         changes when the block fails. OSError on failure."""
+        code = self._commit() or self._broken
+        if code:
+            raise OSError(code, os.strerror(code))
         try:
             self._execute("BEGIN IMMEDIATE")
             try:
@@ -208,12 +203,12 @@ class SqliteStore:
                 if self._connection.in_transaction:
                     self._execute("ROLLBACK")
                 raise
+            self._tx.forget()
+            self._usage.bytes, self._usage.inodes = self._saved_usage = self._execute(_COUNT).fetchone()
         except sqlite3.Error as error:
-            raise _os_error(error) from error
-        self._tx.forget()
-        self._usage.bytes, self._usage.inodes = self._execute(
-            "SELECT coalesce(sum(allocated), 0), count(*) FROM inode"
-        ).fetchone()
+            raise os_error(error) from error
+        if self._wal is not None:
+            self._wal.commits += 1
 
     # Writing
 
@@ -224,6 +219,8 @@ class SqliteStore:
             await asyncio.shield(self._gate)
         if not self._open:
             self._begin()
+        if not self._turn:
+            self._begin_turn()
         tx = self._tx
         before = tx.changes
         reservations = tx.reservations
@@ -237,7 +234,7 @@ class SqliteStore:
             raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         except BaseException as error:
             log.exception("operation %s failed", body)
-            code = _os_error(error).errno if isinstance(error, sqlite3.Error) else errno.EIO
+            code = os_error(error).errno if isinstance(error, sqlite3.Error) else errno.EIO
             assert code is not None
             self._abort(code)
             raise OSError(code, os.strerror(code)) from error
@@ -250,63 +247,107 @@ class SqliteStore:
     def _begin(self) -> None:
         if self.read_only or self._closed:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if self._fenced:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if self._broken:
+            raise OSError(self._broken, os.strerror(self._broken))
         try:
             try:
+                self._check_session()
                 self._execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY_SNAPSHOT:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
                     raise
-                self._meet_writer()
+                # Somebody else writes to the database, or has done so.
+                self._hold()
+                self._check_session()
+                self._tx.forget()
                 self._execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             log.exception("a transaction cannot begin")
-            raise _os_error(error) from error
+            raise os_error(error) from error
         self._open = True
-        self._saved_usage = (self._usage.bytes, self._usage.inodes)
         self._changes_before = self._tx.changes + self._tx.reservations
-        asyncio.get_running_loop().call_soon(self._commit)
+
+    def _begin_turn(self) -> None:
+        self._turn = True
+        asyncio.get_running_loop().call_soon(self.end_turn)
 
     def _hold(self) -> None:
-        """Begin a read transaction that lasts: a query whose rows are never fetched. Transactions and queries then do
-        not each take and give back the read lock, and one that begins after another connection has written fails with
-        BUSY_SNAPSHOT. While it lasts the log is copied back only as far as it went at its beginning."""
+        """Begin a read transaction that lasts: a query whose second row is never fetched. Transactions and queries then
+        do not each take and give back the read lock, and one that begins after another connection has written fails
+        with BUSY_SNAPSHOT. While it lasts the log is copied back only as far as it went at its beginning."""
         self._let_go()
-        self._snapshot = self._execute("SELECT id FROM volume UNION ALL SELECT id FROM volume")
+        self._snapshot = self._execute("SELECT max(epoch) FROM session UNION ALL SELECT max(epoch) FROM session")
+        if self._snapshot.fetchone()[0] != self._epoch and not self._fenced:
+            self._fenced = True
+            log.critical("%s has been taken over by another session", self.path)
 
     def _let_go(self) -> None:
         if self._snapshot is not None:
             self._snapshot.close()
             self._snapshot = None
 
-    def _meet_writer(self) -> None:
-        """Somebody else has written to the database. ESTALE when it was a session that put an end to this one."""
-        self._hold()
-        if self._execute("SELECT max(epoch) FROM session").fetchone()[0] != self._epoch:
-            self._fenced = True
-            log.critical("%s has been taken over by another session", self.path)
+    def _check_session(self) -> None:
+        if self._fenced:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        self._tx.forget()
 
     def end_turn(self) -> None:
-        """Commit now what the operations of this turn have changed; they go on within the call. Not for coroutines."""
-        if self._open:
-            self._commit()
-
-    def _commit(self, *, in_task: bool = False) -> None:
-        if not self._open:
+        """Acknowledge now what the operations of this turn have changed; they go on within the call. Not for
+        coroutines."""
+        if not self._turn:
             return
+        self._turn = False
+        tx = self._tx
+        if tx.changes + tx.reservations >= self._changes_before + _COMMIT_ROWS:
+            if self._commit():
+                return
+        elif self._open:
+            statements, inodes = tx.take_turn()
+            if statements or inodes:
+                assert self._redo is not None
+                try:
+                    self._redo.append(statements, inodes)
+                except OSError as error:
+                    # The database may have the room that the log lacks; and the log begins anew.
+                    log.error("the redo log cannot be written: %s", error)
+                    if self._commit():
+                        return
+            if self._open and self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_COMMIT_AFTER, self._commit)
+        usage = self._usage
+        self._saved_usage = (usage.bytes, usage.inodes)
+        waiters, self._waiters = self._waiters, []
+        for commit in waiters:
+            commit.release()
+
+    def _commit(self) -> int:
+        """Commit everything so far; operations of a turn that is going on are acknowledged at its end as ever. Returns
+        an errno on failure: that turn's operations fail with it then, what was acknowledged before is tried again
+        later."""
+        self._stop_timer()
+        if not self._open:
+            return 0
+        changed = self._tx.changes + self._tx.reservations != self._changes_before
         try:
-            self._tx.write_inodes()
+            if changed:
+                self._tx.write_inodes()
+                generation = database.new_generation()
+                self._execute("UPDATE volume SET redo = ?", (generation,))
             self._execute("COMMIT")
         except sqlite3.Error as error:
             log.exception("a commit failed")
-            self._abort(_os_error(error).errno or errno.EIO)
-            return
+            code = os_error(error).errno or errno.EIO
+            self._abort(code)
+            return code
         self._open = False
-        if self._tx.changes + self._tx.reservations == self._changes_before:
-            return
+        if changed:
+            assert self._redo is not None
+            self._redo.begin(generation)
+            self._tx.take_turn()
+            self._saved_usage = (self._usage.bytes, self._usage.inodes)
+            self._committed()
+        return 0
+
+    def _committed(self) -> None:
         wal = self._wal
         assert wal is not None
         wal.commits += 1
@@ -316,40 +357,62 @@ class SqliteStore:
                 self._checkpoint = loop.create_task(self._run_checkpoint(wal))
             elif self._gate is None and self._tx.changes >= self._checkpoint_at + 3 * _WAL_ROWS:
                 self._gate = loop.create_future()
-        waiters, self._waiters = self._waiters, []
-        if in_task:
-            loop = asyncio.get_running_loop()
-            for commit in waiters:
-                loop.call_soon(commit.release)
-        else:
-            for commit in waiters:
-                commit.release()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _abort(self, code: int) -> None:
-        """Roll back everything since the last commit; each operation in it fails with ``code``."""
-        self._open = False
+        """Undo the turn that is going on: roll everything back, and do again what the redo log holds of the turns
+        before. The operations of the turn fail with ``code``."""
+        self._turn = False
         try:
-            # After some errors (disk full, I/O) SQLite has rolled back by itself.
-            if self._connection.in_transaction:
-                self._execute("ROLLBACK")
+            self._roll_back()
             self._hold()
-        except sqlite3.Error:
-            log.exception("a rollback failed")
-        self._usage.bytes, self._usage.inodes = self._saved_usage
-        self._tx.forget()
+            self._tx.forget()
+            self._usage.bytes, self._usage.inodes = self._saved_usage
+            self._redo_transaction()
+        except (sqlite3.Error, OSError):
+            log.critical("what the redo log holds cannot be done again; opening the volume anew will", exc_info=True)
+            self._broken = code
+            # Half of it must never be committed: that would end the log's generation.
+            with suppress(sqlite3.Error):
+                self._roll_back()
+            self._tx.drop()
         waiters, self._waiters = self._waiters, []
         loop = asyncio.get_running_loop()
         for commit in waiters:
             loop.call_soon(commit.release, OSError(code, os.strerror(code)))
 
+    def _roll_back(self) -> None:
+        self._open = False
+        # After some errors (disk full, I/O) SQLite has rolled back by itself.
+        if self._connection.in_transaction:
+            self._connection.rollback()
+
+    def _redo_transaction(self) -> None:
+        """Open a transaction that holds what was acknowledged and not committed."""
+        redo = self._redo
+        assert redo is not None
+        batches = redo.batches()
+        if not batches:
+            return
+        self._begin()
+        for batch in batches:
+            self._tx.apply(batch)
+        self._tx.load_counters()
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_RETRY_AFTER, self._commit)
+
     async def _run_checkpoint(self, wal: Wal) -> None:
         try:
-            self._commit(in_task=True)
+            self._commit()
             self._hold()
             await wal.copy_back()
             if self._gate is None:
                 self._gate = asyncio.get_running_loop().create_future()
-            self._commit(in_task=True)
+            self._commit()
             self._let_go()
             try:
                 if not await wal.restart(self._usage.bytes, self._usage.inodes):
@@ -369,85 +432,58 @@ class SqliteStore:
 
     async def sync(self) -> None:
         if self._wal is not None:
+            code = self._commit() or self._broken
+            if code:
+                raise OSError(code, os.strerror(code))
             await self._wal.sync()
 
     async def close(self) -> None:
         if self._closed:
             return
-        self._commit(in_task=True)
+        self._commit()
         while self._checkpoint is not None:
             await asyncio.wait([self._checkpoint])
-        await asyncio.get_running_loop().run_in_executor(None, self.shutdown)
+            self._commit()
+        self._closed = True
+        self._stop_timer()
+        await asyncio.get_running_loop().run_in_executor(None, self._finish)
 
     def shutdown(self) -> None:
-        """End the session and close everything, durably. Blocks; for use without an event loop."""
+        """End the session and close everything, durably. Blocks; for use without an event loop. OSError on failure:
+        what was acknowledged is brought in when the volume is opened again."""
         if self._closed:
             return
         self._closed = True
+        self._stop_timer()
+        self._finish()
+
+    def _finish(self) -> None:
+        clean = False
         try:
-            self._let_go()
-            if self._wal is not None and not self._fenced:
-                self._execute("BEGIN IMMEDIATE")
-                self._tx.store_counters()
-                self._execute(
-                    "UPDATE usage SET bytes = ?, inodes = ?, exact = 1", (self._usage.bytes, self._usage.inodes)
-                )
-                self._execute("COMMIT")
+            try:
+                if not self.read_only and not self._broken:
+                    clean = self._end_session()
+            finally:
+                self._let_go()
+                database.abandon(self._connection)
+                if self._redo is not None:
+                    self._redo.close(remove=clean)
+                if self._wal is not None:
+                    self._wal.close()
         except sqlite3.Error as error:
-            raise _os_error(error) from error
-        finally:
-            self._connection.close()
-            if self._wal is not None:
-                self._wal.close()
+            raise os_error(error) from error
 
-
-def _uri(path: str, mode: str) -> str:
-    return f"file:{quote(path)}?mode={mode}"
-
-
-def _connect(path: str, mode: str) -> sqlite3.Connection:
-    # No time-out: nothing else writes, and the loop may not wait.
-    return sqlite3.connect(
-        _uri(os.path.abspath(path), mode),
-        uri=True,
-        timeout=0,
-        isolation_level=None,
-        check_same_thread=False,
-        cached_statements=256,
-    )
-
-
-def _check_format(connection: sqlite3.Connection, path: str) -> None:
-    try:
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_NOTADB:
-            raise _os_error(error) from error
-        raise FormatError(f"{path} is not a database of polefs") from error
-    if application != schema.APPLICATION_ID:
-        raise FormatError(f"{path} is not a database of polefs")
-    if version > schema.FORMAT:
-        raise FormatError(
-            f"{path} has format {version}, this polefs knows formats up to {schema.FORMAT}: upgrade polefs"
-        )
-    if version < schema.FORMAT:
-        raise FormatError(f"{path} has the unknown format {version}")
-
-
-def _log_is_pending(path: str) -> bool:
-    try:
-        return os.stat(path + "-wal").st_size > 0
-    except FileNotFoundError:
-        return False
-
-
-def _os_error(error: sqlite3.Error) -> OSError:
-    """The errno that a failure of SQLite stands for."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    number = {
-        sqlite3.SQLITE_FULL: errno.ENOSPC,
-        sqlite3.SQLITE_READONLY: errno.EROFS,
-        sqlite3.SQLITE_PERM: errno.EACCES,
-    }.get(code, errno.EIO)
-    return OSError(number, os.strerror(number))
+    def _end_session(self) -> bool:
+        """Commit everything, and exact counts. False when the volume is another session's."""
+        if not self._open:
+            self._hold()
+            if self._fenced:
+                return False
+            self._execute("BEGIN IMMEDIATE")
+        self._tx.write_inodes()
+        self._tx.store_counters()
+        self._execute("UPDATE usage SET bytes = ?, inodes = ?, exact = 1", (self._usage.bytes, self._usage.inodes))
+        self._execute("UPDATE volume SET redo = ?", (database.new_generation(),))
+        self._execute("COMMIT")
+        self._open = False
+        return True

@@ -1,7 +1,7 @@
 """The rows of a volume in SQLite, read and changed inside the one transaction that is open, and the caches above them.
 
-Inode rows are collected and written when the transaction commits, so that a directory in which many names are made
-in one turn of the event loop is written once. All other rows are written at once. Caches hold what the open transaction
+Inode rows are collected and written when the transaction commits, so that a directory in which many names are made is
+written once. All other rows are written at once. Caches hold what the open transaction
 sees; whoever rolls it back drops them.
 """
 
@@ -16,6 +16,7 @@ from lru import LRU
 
 from polefs.meta.model import FILE_SIZE_MAX, Dentry, Extent, Inode, Segment, Usage
 from polefs.meta.store import schema
+from polefs.meta.store.redo import Batch, Statement
 
 _RESERVE = {"next_ino": 4096, "next_cookie": 4096, "next_segment": 1024}
 """How many numbers one write of a counter sets aside; a crash skips what is left of them."""
@@ -36,11 +37,18 @@ class Caches:
         self.names.clear()
 
 
+def apply(cursor: sqlite3.Cursor, batch: Batch) -> None:
+    """Do again what the redo log tells of."""
+    for statement, row in batch.statements:
+        cursor.execute(statement, row)
+    cursor.executemany(schema.PUT_INODE, [msgspec.structs.astuple(inode) for inode in batch.inodes])
+
+
 class SqliteTransaction:
     """Implements ``base.Transaction``; one object serves all transactions of a connection, one after the other."""
 
     def __init__(self, connection: sqlite3.Connection, caches: Caches, usage: Usage, session: int) -> None:
-        cursor = connection.cursor()
+        cursor = self._cursor = connection.cursor()
         self._run = cursor.execute
         self._run_many = cursor.executemany
         self._caches = caches
@@ -48,6 +56,10 @@ class SqliteTransaction:
         self._inlined = caches.inlined
         self._names = caches.names
         self._pending: dict[int, Inode] = {}
+        """Rows to write before the commit."""
+        self._statements: list[Statement] = []
+        self._changed: dict[int, Inode] = {}
+        """What this turn has changed: the redo log's next batch."""
         self._usage = usage
         self._session = session
         self._next: dict[str, int] = {}
@@ -81,11 +93,38 @@ class SqliteTransaction:
             self._run_many(schema.PUT_INODE, [msgspec.structs.astuple(inode) for inode in pending.values()])
             pending.clear()
 
+    def _change(self, statement: str, row: tuple[Any, ...]) -> sqlite3.Cursor:
+        self._statements.append((statement, row))
+        return self._run(statement, row)
+
+    def _change_many(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        self._statements += [(statement, row) for row in rows]
+        self._run_many(statement, rows)
+
+    def take_turn(self) -> tuple[list[Statement], list[Inode]]:
+        """What has been changed since the last call, for the redo log."""
+        statements, self._statements = self._statements, []
+        inodes = list(self._changed.values())
+        self._changed.clear()
+        return statements, inodes
+
+    def apply(self, batch: Batch) -> None:
+        """Do again what the redo log tells of."""
+        apply(self._cursor, batch)
+        # As many rows as it was the first time: the commits come at the same pace.
+        self.changes += len(batch.statements) + len(batch.inodes)
+
     def forget(self) -> None:
         """After a rollback: nothing that was read or collected is known any more."""
-        self._pending.clear()
-        self._caches.clear()
+        self.drop()
         self.load_counters()
+
+    def drop(self) -> None:
+        """As ``forget``, without asking the database."""
+        self._pending.clear()
+        self._statements.clear()
+        self._changed.clear()
+        self._caches.clear()
 
     # Inodes
 
@@ -108,7 +147,7 @@ class SqliteTransaction:
     def put_inode(self, inode: Inode) -> None:
         ino = inode.ino
         self.changes += 1
-        self._pending[ino] = inode
+        self._pending[ino] = self._changed[ino] = inode
         inline = inode.inline
         if inline is None:
             self._inodes[ino] = inode
@@ -121,9 +160,10 @@ class SqliteTransaction:
     async def delete_inode(self, ino: int) -> None:
         self.changes += 1
         self._pending.pop(ino, None)
+        self._changed.pop(ino, None)
         self._inodes.pop(ino, None)
         self._inlined.pop(ino, None)
-        self._run("DELETE FROM inode WHERE ino = ?", (ino,))
+        self._change("DELETE FROM inode WHERE ino = ?", (ino,))
 
     # Names
 
@@ -167,28 +207,30 @@ class SqliteTransaction:
 
     async def add_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> bool:
         cookie = self._take("next_cookie", 1)
-        if self._run(schema.ADD_DENTRY, (parent, name, ino, kind, cookie)).rowcount == 0:
+        row = (parent, name, ino, kind, cookie)
+        if self._run(schema.ADD_DENTRY, row).rowcount == 0:
             return False
+        self._statements.append((schema.ADD_DENTRY, row))
         self.changes += 2
         self._names[parent, name] = ino
         return True
 
     async def set_dentry(self, parent: int, name: bytes, ino: int, kind: int) -> None:
         self.changes += 2
-        self._run("UPDATE dentry SET ino = ?, kind = ? WHERE parent = ? AND name = ?", (ino, kind, parent, name))
+        self._change("UPDATE dentry SET ino = ?, kind = ? WHERE parent = ? AND name = ?", (ino, kind, parent, name))
         self._names[parent, name] = ino
 
     async def move_dentry(self, parent: int, name: bytes, new_parent: int, new_name: bytes, ino: int) -> None:
         self.changes += 4
         cookie = self._take("next_cookie", 1)
-        self._run(schema.MOVE_DENTRY, (new_parent, new_name, cookie, parent, name))
+        self._change(schema.MOVE_DENTRY, (new_parent, new_name, cookie, parent, name))
         names = self._names
         names[parent, name] = 0
         names[new_parent, new_name] = ino
 
     async def delete_dentry(self, parent: int, name: bytes) -> None:
         self.changes += 2
-        self._run("DELETE FROM dentry WHERE parent = ? AND name = ?", (parent, name))
+        self._change("DELETE FROM dentry WHERE parent = ? AND name = ?", (parent, name))
         self._names[parent, name] = 0
 
     # Numbers
@@ -199,7 +241,7 @@ class SqliteTransaction:
         if after > self._reserved[column]:
             reserved = self._reserved[column] = after + _RESERVE[column]
             self.reservations += 1
-            self._run(f"UPDATE volume SET {column} = ?", (reserved,))
+            self._change(f"UPDATE volume SET {column} = ?", (reserved,))
         return first
 
     async def allocate_ino(self) -> int:
@@ -215,11 +257,11 @@ class SqliteTransaction:
 
     async def add_symlink(self, ino: int, target: bytes) -> None:
         self.changes += 1
-        self._run("INSERT INTO symlink(ino, target) VALUES (?, ?)", (ino, target))
+        self._change("INSERT INTO symlink(ino, target) VALUES (?, ?)", (ino, target))
 
     async def delete_symlink(self, ino: int) -> None:
         self.changes += 1
-        self._run("DELETE FROM symlink WHERE ino = ?", (ino,))
+        self._change("DELETE FROM symlink WHERE ino = ?", (ino,))
 
     async def xattr(self, ino: int, name: bytes) -> bytes | None:
         return self._blob("SELECT value FROM xattr WHERE ino = ? AND name = ?", (ino, name))
@@ -229,15 +271,15 @@ class SqliteTransaction:
 
     async def put_xattr(self, ino: int, name: bytes, value: bytes) -> None:
         self.changes += 1 + len(value) // schema.PAGE_SIZE
-        self._run("REPLACE INTO xattr(ino, name, value) VALUES (?, ?, ?)", (ino, name, value))
+        self._change("REPLACE INTO xattr(ino, name, value) VALUES (?, ?, ?)", (ino, name, value))
 
     async def delete_xattr(self, ino: int, name: bytes) -> None:
         self.changes += 1
-        self._run("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
+        self._change("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name))
 
     async def delete_xattrs(self, ino: int) -> None:
         self.changes += 1
-        self._run("DELETE FROM xattr WHERE ino = ?", (ino,))
+        self._change("DELETE FROM xattr WHERE ino = ?", (ino,))
 
     def _blob(self, statement: str, key: tuple[Any, ...]) -> bytes | None:
         row = self._run(statement, key).fetchone()
@@ -255,11 +297,11 @@ class SqliteTransaction:
 
     async def add_orphan(self, ino: int) -> None:
         self.changes += 1
-        self._run("REPLACE INTO orphan(ino, session) VALUES (?, ?)", (ino, self._session))
+        self._change("REPLACE INTO orphan(ino, session) VALUES (?, ?)", (ino, self._session))
 
     async def delete_orphan(self, ino: int) -> None:
         self.changes += 1
-        self._run("DELETE FROM orphan WHERE ino = ?", (ino,))
+        self._change("DELETE FROM orphan WHERE ino = ?", (ino,))
 
     # Contents
 
@@ -271,7 +313,7 @@ class SqliteTransaction:
 
     async def put_extents(self, ino: int, extents: Sequence[Extent]) -> None:
         self.changes += len(extents)
-        self._run_many(
+        self._change_many(
             schema.PUT_EXTENT, [(ino, each.offset, each.length, each.segment, each.segment_offset) for each in extents]
         )
 
@@ -281,7 +323,7 @@ class SqliteTransaction:
             "SELECT segment, sum(length) FROM extent WHERE ino = ? AND offset >= ? AND offset < ? GROUP BY segment", key
         ).fetchall()
         if sums:
-            deleted = self._run("DELETE FROM extent WHERE ino = ? AND offset >= ? AND offset < ?", key).rowcount
+            deleted = self._change("DELETE FROM extent WHERE ino = ? AND offset >= ? AND offset < ?", key).rowcount
             self.changes += deleted
         return sums
 
@@ -297,19 +339,19 @@ class SqliteTransaction:
 
     async def add_segments(self, segments: Sequence[tuple[Segment, int]]) -> None:
         self.changes += len(segments)
-        self._run_many(
+        self._change_many(
             "INSERT INTO segment(id, size, live, runs) VALUES (?, ?, ?, ?)",
             [(each.id, each.size, live, msgspec.msgpack.encode(each.runs)) for each, live in segments],
         )
 
     async def add_live(self, segment: int, delta: int) -> int | None:
         self.changes += 1
-        rows = self._run("UPDATE segment SET live = live + ? WHERE id = ? RETURNING live", (delta, segment)).fetchall()
+        rows = self._change(schema.ADD_LIVE, (delta, segment)).fetchall()
         return rows[0][0] if rows else None
 
     async def queue_deletion(self, segment: int, due: int) -> None:
         self.changes += 1
-        self._run("REPLACE INTO deletion(segment, due) VALUES (?, ?)", (segment, due))
+        self._change("REPLACE INTO deletion(segment, due) VALUES (?, ?)", (segment, due))
 
     async def dead_segments(self, due: int, limit: int) -> list[int]:
         rows = self._run(
@@ -320,8 +362,8 @@ class SqliteTransaction:
     async def delete_segments(self, ids: Sequence[int]) -> None:
         self.changes += 2 * len(ids)
         keys = [(id_,) for id_ in ids]
-        self._run_many("DELETE FROM segment WHERE id = ?", keys)
-        self._run_many("DELETE FROM deletion WHERE segment = ?", keys)
+        self._change_many("DELETE FROM segment WHERE id = ?", keys)
+        self._change_many("DELETE FROM deletion WHERE segment = ?", keys)
 
     # Counters
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 class Commit:
     """Awaited once, by one coroutine, driven by an asyncio task or anything else that understands asyncio futures."""
 
-    __slots__ = ("_asyncio_future_blocking", "_callback", "_context", "_done", "_error", "_loop")
+    __slots__ = ("_asyncio_future_blocking", "_callback", "_cancelled", "_context", "_done", "_error", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -23,6 +23,7 @@ class Commit:
         self._callback: Callable[[Any], object] | None = None
         self._context: contextvars.Context | None = None
         self._done = False
+        self._cancelled = False
         self._error: BaseException | None = None
 
     def __await__(self) -> Generator[Self, None, None]:
@@ -36,7 +37,7 @@ class Commit:
         if self._done:
             return
         self._done = True
-        self._error = error
+        self._error = asyncio.CancelledError() if self._cancelled else error
         if self._callback is not None:
             if self._context is None:
                 self._callback(self)
@@ -59,8 +60,9 @@ class Commit:
             raise self._error
 
     def cancel(self, msg: Any = None) -> bool:
-        """The waiter stops waiting; the commit goes on."""
+        """The waiter stops waiting, whatever comes first now; the commit goes on."""
         if self._done:
             return False
-        self._loop.call_soon(self.release, asyncio.CancelledError())
+        self._cancelled = True
+        self._loop.call_soon(self.release)
         return True

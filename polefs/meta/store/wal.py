@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 log = logging.getLogger(__name__)
 
+_FILLED = 4 << 20
+"""Size that the log file has from the beginning, bytes."""
+
 _BUSY_TIMEOUT = 0.05
 """Longest wait for another process that reads the database, seconds; the restart is then left for the next time."""
 
@@ -28,7 +31,8 @@ class Wal:
         self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute("PRAGMA wal_autocheckpoint = 0")
         # The database file itself is never opened here: closing any descriptor of it would drop SQLite's locks.
-        self._fd = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(path + "-wal", os.O_RDWR | os.O_CLOEXEC)
+        self._fill()
         self._directory: str | None = os.path.dirname(path) or "."
         # One thread for each of the two, so that no fsync waits for a checkpoint to begin.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="polefs-wal")
@@ -38,6 +42,16 @@ class Wal:
         self.commits = 0
         """Transactions committed so far; the owner counts them."""
 
+    def _fill(self) -> None:
+        """Give the log blocks behind its end: overwriting them makes an fdatasync several times cheaper than growing
+        the file. SQLite takes zeros for the end of the log (wal.c: walIndexRecover)."""
+        size = os.fstat(self._fd).st_size
+        try:
+            while size < _FILLED:
+                size += os.pwrite(self._fd, bytes(min(1 << 20, _FILLED - size)), size)
+        except OSError as error:
+            log.warning("the write-ahead log could not be given room: %s", error)
+
     async def sync(self) -> None:
         """Return once all ``commits`` so far are durable; concurrent callers share the work. EIO, for good, after the
         log could not be synced once: the kernel then tells nothing about which pages were lost."""
@@ -45,7 +59,7 @@ class Wal:
         while self._durable < target:
             if self._error is not None:
                 raise OSError(self._error.errno, os.strerror(self._error.errno or 0))
-            if self._running is None:
+            if self._running is None or self._running.done():
                 self._start()
             assert self._running is not None
             await asyncio.shield(self._running)
@@ -54,10 +68,11 @@ class Wal:
         goal = self.commits
 
         def finish(done: asyncio.Future[None]) -> None:
-            self._running = None
+            if self._running is done:
+                self._running = None
             error = done.exception()
             if error is None:
-                self._durable = goal
+                self._durable = max(self._durable, goal)
             elif isinstance(error, OSError):
                 self._error = error
                 log.critical("the write-ahead log cannot be made durable: %s", error)
@@ -91,11 +106,14 @@ class Wal:
         return True
 
     def close(self) -> None:
-        """Blocks. Bring everything into the database file, durably, and remove the log."""
+        """Blocks. Bring everything into the database file, durably, and remove the log. ``sqlite3.Error`` on failure:
+        the log then stays."""
         self._threads.shutdown()
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        self._connection.close()
-        os.close(self._fd)
+        try:
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            self._connection.close()
+            os.close(self._fd)
 
 
 def sync_directory(path: str) -> None:
