@@ -92,7 +92,7 @@ class Plan:
     """All groups in their order for one work directory in the measured file system (never touched here)."""
 
     def __init__(self, root: str, scale: Scale, sources: Sources) -> None:
-        self._root = root
+        self._root_path = root
         self._scale = scale
         self._sources = sources
 
@@ -116,7 +116,10 @@ class Plan:
         return [group for group in groups if group.name in needed]
 
     def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root_path}/{name}"
+
+    def _root(self) -> Step:
+        return Step("make_directory", {"path": self._root_path}, needed=True)
 
     def _remove(self, *names: str) -> Step:
         return Step("remove", {"paths": [self._at(name) for name in names]}, needed=True)
@@ -186,6 +189,7 @@ class Plan:
         return Group(
             "one big file",
             [
+                self._root(),
                 Step("write_big", {**big, "block": 128 * KIB}, "seqwrite_128k", "MiB/s"),
                 Step("write_big", {**big, "block": MIB}, "seqwrite_1m", "MiB/s", needed=True),
                 Step("read_big", big, "seqread_cold", "MiB/s", cold=True),
@@ -201,6 +205,7 @@ class Plan:
         return Group(
             "random access",
             [
+                self._root(),
                 Step("write_big", {"path": path, "mib": self._scale.big_mib, "block": MIB}, needed=True),
                 Step("random_read", reads, "randread4k_cold", "IOPS", cold=True),
                 Step("random_read", reads, "randread4k_cold_4j", "IOPS", processes=4, cold=True),
@@ -225,7 +230,7 @@ class Plan:
         return self._program("grep", "-r", ABSENT, ".", within=self._at("tree"), status=1, seconds=seconds)
 
     def _tree(self) -> Group:
-        root, tree, clone = self._root, self._at("tree"), self._at("clone")
+        root, tree, clone = self._root_path, self._at("tree"), self._at("clone")
         tar, repository = self._sources.tar, self._sources.repository
         untar = self._program("tar", "xf", tar, within=tree, warm=tar)
         git_clone = self._program(
@@ -253,6 +258,7 @@ class Plan:
         return Group(
             "SQLite",
             [
+                self._root(),
                 Step("sqlite", delete, "sqlite_tx_delete", "tx/s"),
                 Step("sqlite", wal, "sqlite_tx_wal", "tx/s"),
             ],

@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run_step(target, Step("remove", {"paths": [root]}))
             except StepError as error:
                 print(f"bench: {root} could not be removed: {error}", file=sys.stderr)
+    if unmeasured := [name for name in wanted if name not in results.figures]:
+        print(f"not measured without --remount: {', '.join(unmeasured)}")
     usage = target.usage()
     figures = results.figures.items()
     rows = [[name, figure.unit, report.cell(figure), report.microseconds(figure)] for name, figure in figures]

@@ -3,6 +3,7 @@
 python -m examples.mirror [--ttl SECONDS] SOURCE MOUNTPOINT
 
 Each inode that the kernel knows is held by an O_PATH descriptor, so renames and removals on either side do not matter.
+The limit of open descriptors (EMFILE beyond it) so bounds how many the kernel may know at a time.
 What changes in SOURCE by other ways is seen after ``--ttl`` seconds. Locks are the mount's own.
 """
 
@@ -446,6 +447,17 @@ def _drop_set_ids(node: Node) -> None:
         os.chmod(node.path, stat.S_IMODE(kept))
 
 
+def _allow_descriptors() -> None:
+    """Raise the limit of open descriptors, one of which each known inode takes, as far as it goes."""
+    try:
+        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    except (OSError, ValueError):
+        # Only with CAP_SYS_RESOURCE beyond the hard limit.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source")
     parser.add_argument("--ttl", type=float, default=1, metavar="SECONDS", help="for names and attributes (1)")
@@ -455,8 +467,7 @@ def _make(arguments: argparse.Namespace) -> Mirror:
     source, mountpoint = Path(arguments.source).resolve(), Path(arguments.mountpoint).resolve()
     if mountpoint.is_relative_to(source):
         raise FuseError(errno.EINVAL, f"{mountpoint} lies in {source}: the mirror would look into itself")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _allow_descriptors()
     return Mirror(str(source), int(arguments.ttl * SECOND))
 
 

@@ -44,16 +44,19 @@ def main(
 async def _serve(filesystem: FileSystem, name: str, mountpoint: str, trace: TextIO | None) -> None:
     options = MountOptions(source=name, subtype=name, allow_other=os.geteuid() == 0)
     session = Session(filesystem, mountpoint, options, settings=Settings(), trace=trace)
-    await session.mount()
-    stopping: list[asyncio.Task[None]] = []
+    told_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: stopping.append(loop.create_task(_stop(session))))
+        loop.add_signal_handler(number, told_to_stop.set)
+    await session.mount()
+    stopping = loop.create_task(_stop(session, told_to_stop))
     await session.serve()
-    await asyncio.gather(*stopping)
+    stopping.cancel()
 
 
-async def _stop(session: Session) -> None:
+async def _stop(session: Session, told_to: asyncio.Event) -> None:
+    """Unmount; where files are open, end the connection and have them fail."""
+    await told_to.wait()
     try:
         await session.unmount()
     except FuseError:

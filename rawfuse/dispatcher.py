@@ -33,7 +33,8 @@ BURST = 64
 """Requests drained per wake-up before the event loop gets its turn."""
 
 MAX_RUNNING = 4096
-"""Handlers that wait at the same time before reading pauses."""
+"""Handlers that wait at the same time before reading pauses. Waits for locks are not among them: what ends one is
+another request, which must be read."""
 
 MAX_BUFFERS = 64
 """Request buffers (``Agreement.buffer_size`` bytes each) held by waiting handlers before reading pauses."""
@@ -201,6 +202,7 @@ class Dispatcher:
         self._message = InMessage(self._buffer.view)
         self._free: list[RequestBuffer] = []
         self._lent = 0
+        self._counted = 0
         self._spare = Running(self, loop)
         self._running: dict[int, Running] = {}
         self._reading = False
@@ -298,13 +300,17 @@ class Dispatcher:
         except BaseException as failure:
             tasks._leave_task(loop, running)  # type: ignore[arg-type]
             self._reply_failure(row, op, failure, interrupted=False)
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                raise
         else:
             tasks._leave_task(loop, running)  # type: ignore[arg-type]
             self._spare = Running(self, loop)
             self._running[op.unique] = running
             if isinstance(op, ops.WriteFile):
                 self._lend_buffer(running)
-            if len(self._running) >= MAX_RUNNING or self._lent >= MAX_BUFFERS:
+            if not isinstance(op, ops.SetLock):
+                self._counted += 1
+            if self._counted >= MAX_RUNNING or self._lent >= MAX_BUFFERS:
                 self._pause()
             running.suspend(coroutine, yielded)
 
@@ -323,6 +329,8 @@ class Dispatcher:
         """A handler that had waited has ended."""
         op = running.op
         del self._running[op.unique]
+        if not isinstance(op, ops.SetLock):
+            self._counted -= 1
         if failure is None:
             self._reply(running.row, op, result)
         else:
@@ -405,6 +413,9 @@ class Dispatcher:
             entry = result
         elif isinstance(op, ops.OpenFile):
             opened = result
+        elif isinstance(op, ops.ReadDirPlus):
+            forgets = [(nodeid, 1) for nodeid in result.counted]
+            self._start_quietly(Opcode.BATCH_FORGET, ops.BatchForget(0, 0, 0, 0, 0, forgets))
         if opened is not None:
             release = Opcode.RELEASEDIR if isinstance(op, ops.OpenDir) else Opcode.RELEASE
             kind = ops.ReleaseDirHandle if isinstance(op, ops.OpenDir) else ops.ReleaseFileHandle

@@ -38,11 +38,14 @@ class FileSystem:
     features: InitFlag = InitFlag(0)
     """What the file system wants beyond ``negotiate.DEFAULT``, for example POSIX_ACL | DONT_MASK."""
 
+    unwanted: InitFlag = InitFlag(0)
+    """What of ``negotiate.DEFAULT`` it must not have."""
+
     declined: frozenset[Opcode] = frozenset()
     """Opcodes to answer as if their method were left out, whatever the class defines."""
 
     async def start(self) -> None:
-        """Called when the kernel is connected and before the first operation is served."""
+        """Called before the mount; what it raises makes the mount fail."""
 
     def end_of_burst(self) -> None:
         """Called when every request that had arrived has been started and some handlers wait. What several of them wait
@@ -50,7 +53,7 @@ class FileSystem:
         before the next requests are read. It must not block."""
 
     async def destroy(self, op: ops.Destroy | None = None) -> None:
-        """Called once when the mount has ended, after all handlers have."""
+        """Called once when the mount has ended, after all handlers have, or when it has failed."""
 
     async def stat_fs(self, op: ops.StatFs) -> FileSystemStatus:
         return FileSystemStatus()

@@ -165,7 +165,7 @@ def negotiate(init: Init, filesystem: FileSystem, settings: Settings) -> Agreeme
     offered = InitFlag(init.flags & (1 << 43) - 1)
     agreed = InitFlag(0)
     refused: dict[InitFlag, str] = {}
-    wanted = (DEFAULT | filesystem.features) & ~settings.refuse
+    wanted = (DEFAULT | filesystem.features) & ~(filesystem.unwanted | settings.refuse)
     if settings.request_timeout:
         wanted |= InitFlag.REQUEST_TIMEOUT
     for flag, feature in FEATURES.items():
@@ -199,8 +199,9 @@ def _objection(
     missing = [opcode.name for opcode in feature.needs if not filesystem.implements(opcode)]
     if missing:
         return f"the file system does not implement {', '.join(missing)}"
-    if feature.requires & ~(wanted & offered):
-        return f"it needs {(feature.requires & ~(wanted & offered)).name}"
+    requires = feature.requires | (InitFlag.INIT_EXT if flag > _MASK32 else InitFlag(0))
+    if requires & ~(wanted & offered):
+        return f"it needs {(requires & ~(wanted & offered)).name}"
     if feature.excludes & wanted:
         return f"it excludes {(feature.excludes & wanted).name}"
     return None

@@ -163,11 +163,13 @@ class DirectoryBuffer:
 
 class DirectoryPlusBuffer:
     """As ``DirectoryBuffer`` for READDIRPLUS. Each entry added with attributes counts as a look-up of its nodeid, but
-    for ``.`` and ``..``; with ``entry`` None the kernel learns name, number and type only."""
+    for ``.`` and ``..``; with ``entry`` None the kernel learns name, number and type only. ``counted``: the nodeids of
+    these look-ups."""
 
-    __slots__ = ("data", "size")
+    __slots__ = ("counted", "data", "size")
 
     def __init__(self, size: int) -> None:
+        self.counted: list[int] = []
         self.data = bytearray()
         self.size = size
 
@@ -183,6 +185,8 @@ class DirectoryPlusBuffer:
         if entry is not None and entry.attributes is not None:
             ino, kind = entry.attributes.ino, entry.attributes.mode
             values = entry_values(entry)
+            if name not in _DOTS:
+                self.counted.append(entry.nodeid)
         else:
             values = _NO_ENTRY
         _pack_direntplus_into(data, start, *values, ino, cookie, length, stat.S_IFMT(kind) >> 12)
@@ -190,6 +194,7 @@ class DirectoryPlusBuffer:
         return True
 
 
+_DOTS = (b".", b"..")
 _NO_ENTRY = (0,) * len(ENTRY_OUT.fields)
 
 ReadResult = Buffer | Sequence[Buffer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -61,6 +62,13 @@ class Session:
         """Returns when the mount is there and INIT is agreed. ``OSError`` with a text that says why not; nothing is
         left mounted then."""
         await self.filesystem.start()
+        try:
+            await self._mount()
+        except BaseException:
+            await self.filesystem.destroy()
+            raise
+
+    async def _mount(self) -> None:
         loop = asyncio.get_running_loop()
         if privileged():
             device = Device.open()
@@ -77,7 +85,8 @@ class Session:
                 agreement = await asyncio.to_thread(exchange.run)
             except BaseException:
                 device.close()
-                await asyncio.to_thread(unmount, self.mountpoint, lazy=True)
+                with contextlib.suppress(FuseError):  # somebody may have unmounted it already
+                    await asyncio.to_thread(unmount, self.mountpoint, lazy=True)
                 raise
         self._device, self.agreement = device, agreement
         for flag, why in agreement.refused.items():
@@ -95,7 +104,8 @@ class Session:
             try:
                 return exchange.run()
             except BaseException:
-                unmount(self.mountpoint, lazy=True)
+                with contextlib.suppress(FuseError):
+                    unmount(self.mountpoint, lazy=True)
                 raise
         thread = threading.Thread(target=exchange.run_quietly, name="rawfuse-init", daemon=True)
         thread.start()
@@ -156,7 +166,8 @@ class _InitExchange:
         try:
             self.run()
         except FuseError as error:
-            self.error = error
+            if error.errno != errno.EINTR:
+                self.error = error
 
     def run(self) -> Agreement:
         os.set_blocking(self._device.fd, True)

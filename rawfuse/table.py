@@ -205,7 +205,7 @@ def _set_xattr_compat(message: InMessage) -> ops.Op:
 def _init(message: InMessage) -> ops.Op:
     major, minor, readahead, flags = struct.unpack("=IIII", message.payload(16))
     if flags & InitFlag.INIT_EXT and message.left >= 4:
-        flags |= int.from_bytes(message.payload(4), "little") << 32
+        flags |= struct.unpack("=I", message.payload(4))[0] << 32
     return ops.Init(*message.origin, major, minor, readahead, flags)
 
 
@@ -301,7 +301,7 @@ def _statx_out() -> Encoder:
     codec = Codec("fuse_statx_out", [])
     whole = struct.Struct("=" + _HEAD + codec.format)
     size, pack = whole.size, whole.pack
-    basic_and_btime = 0xFFF
+    basic, btime = 0x7FF, 0x800
 
     def encode(op: ops.Op, reply: AttributesReply) -> Message:
         a = reply.attributes
@@ -311,7 +311,7 @@ def _statx_out() -> Encoder:
             op.unique,
             *divmod(reply.attr_ttl, SECOND),
             0,
-            basic_and_btime,
+            basic | btime if a.btime else basic,
             a.blksize,
             0,
             a.nlink,

@@ -33,6 +33,7 @@ class Trace:
         name = Opcode(opcode).name
         line = f"> {op.unique} {name} nodeid={op.nodeid} {op.uid}/{op.gid}/{op.pid} {arguments}"
         self._stream.write(line.rstrip() + "\n")
+        self._stream.flush()
 
     def reply(self, unique: int, error: int, result: Any) -> None:
         took = (time.perf_counter() - self._began.pop(unique, time.perf_counter())) * 1e6

@@ -229,7 +229,8 @@ class InMessage:
             if stop < 0 or stop + 1 + size > len(data):
                 raise ProtocolError("a security context beyond its record")
             found.append((data[:stop], data[stop + 1 : stop + 1 + size]))
-            position = (position + _SECCTX.size + stop + 1 + size + 7) & ~7
+            # Padded from the record on; the area itself stands at any offset.
+            position += (_SECCTX.size + stop + 1 + size + 7) & ~7
         return found
 
 

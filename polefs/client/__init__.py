@@ -1,7 +1,7 @@
 """The mounted file system: ``rawfuse.FileSystem`` over metadata and contents."""
 
 from polefs.client.atime import AccessTimes
-from polefs.client.filesystem import SETTINGS, PoleFileSystem
+from polefs.client.filesystem import PoleFileSystem
 from polefs.client.space import VolumeSpace
 
-__all__ = ["SETTINGS", "AccessTimes", "PoleFileSystem", "VolumeSpace"]
+__all__ = ["AccessTimes", "PoleFileSystem", "VolumeSpace"]

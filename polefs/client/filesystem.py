@@ -29,14 +29,10 @@ from rawfuse import (
     InitFlag,
     OpenedFile,
     SetAttrFlag,
-    Settings,
     ops,
 )
 from rawfuse.abi import SetXattrFlag, SyncFlag, WriteFlag
 from rawfuse.replies import ReadResult
-
-SETTINGS = Settings(refuse=InitFlag.AUTO_INVAL_DATA | InitFlag.ATOMIC_O_TRUNC)
-"""A volume has one mount: nothing changes behind the kernel's back, so its caches need no re-checking."""
 
 PREFERRED_IO = 1 << 16
 """st_blksize: what the C library buffers per system call, bytes."""
@@ -61,6 +57,8 @@ class PoleFileSystem(FileSystem):
         | InitFlag.CACHE_SYMLINKS
         | InitFlag.NO_EXPORT_SUPPORT
     )
+    # A volume has one mount: nothing changes behind the kernel's back, so its caches need no re-checking.
+    unwanted = InitFlag.AUTO_INVAL_DATA
 
     def __init__(self, meta: MetaAPI, files: FileStore, space: VolumeSpace, times: AccessTimes) -> None:
         self._meta = meta

@@ -64,7 +64,7 @@ class Flusher:
 
     async def commit_files(self, inos: tuple[int, ...]) -> None:
         """As ``flush_files``, within ``exclusively``."""
-        works = [work for ino in inos if (work := self._dirty.seal(ino)) is not None]
+        works = [work for ino in {*inos} if (work := self._dirty.seal(ino)) is not None]
         if works:
             await self._writeback.commit(works)
 

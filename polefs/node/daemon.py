@@ -18,7 +18,7 @@ from typing import TextIO
 import uvloop
 
 from polefs import __version__
-from polefs.client import SETTINGS, AccessTimes, PoleFileSystem, VolumeSpace
+from polefs.client import AccessTimes, PoleFileSystem, VolumeSpace
 from polefs.node import control
 from polefs.node.errors import Refusal, plain
 from polefs.node.fuse import check_fuse, explain
@@ -83,7 +83,7 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
         space = VolumeSpace(storage.meta, storage.files, storage.objects.space)
         times = AccessTimes(storage.meta, request.atime, directories=request.directory_atime)
         filesystem = PoleFileSystem(storage.meta, storage.files, space, times)
-        session = Session(filesystem, request.mountpoint, options, settings=SETTINGS, trace=trace)
+        session = Session(filesystem, request.mountpoint, options, trace=trace)
         mounted = MountedVolume(volume, request, storage, session)
         try:
             server = await control.ControlServer.start(volume.path, mounted)

@@ -359,7 +359,10 @@ def test_mount_helper(place: Place) -> None:
 def test_mount_program_and_fstab(place: Place, tmp_path: Path) -> None:
     """mount(8) with the installed helper, which stands in /sbin of a namespace of our own."""
     helper_dir = tmp_path / "root"
-    subprocess.run(["make", "-s", "install-helper", f"DESTDIR={helper_dir}"], cwd=REPOSITORY, check=True)
+    # The environment of the running tests as it is: make is not to install anything (-o).
+    words = [f"DESTDIR={helper_dir}", f"python={sys.executable}"]
+    installed = str(REPOSITORY / ".venv" / ".installed")
+    subprocess.run(["make", "-s", "-o", installed, "install-helper", *words], cwd=REPOSITORY, check=True)
     helper = helper_dir / "sbin" / "mount.polefs"
     fstab = tmp_path / "fstab"
     fstab.write_text(f"{place.volume} {place.mountpoint} polefs noatime,nofail,noauto 0 0\n")

@@ -58,8 +58,11 @@ def test_watchdog_frees_other_processes(server: Server, watchdog: Watchdog) -> N
 
 
 def test_busy_unmount_names_its_user(server: Server) -> None:
-    with open(server.mountpoint / "held", "w"), pytest.raises(HarnessError, match="held"):
+    fd = os.open(server.mountpoint / "held", os.O_CREAT | os.O_WRONLY)
+    with pytest.raises(HarnessError, match="held"):
         server.unmount()
+    with fails(errno.ENOTCONN):
+        os.close(fd)
     assert find_mount(server.mountpoint) is None
 
 

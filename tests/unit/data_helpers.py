@@ -22,8 +22,8 @@ class Crash(Exception):
 
 
 class Dying:
-    """A stand-in for a service that passes calls on until its ``countdown`` of the named methods is over; that call, before it
-    is made or after, and all later ones raise ``error``. ``countdown`` None: never."""
+    """A stand-in for a service that passes calls on until its ``countdown`` of the named methods is over; that call,
+    before it is made or after, and (``permanent``) all later ones raise ``error``. ``countdown`` None: never."""
 
     def __init__(self, service: Any, methods: set[str], error: Exception | None = None) -> None:
         self.service = service
@@ -68,10 +68,8 @@ class Volume:
 
     async def open(self) -> None:
         database = self.path / "meta.db"
-        if database.exists():
-            store = SqliteStore.open(str(database))
-        else:
-            store = SqliteStore.create(str(database), name="test")
+        exists = database.exists()
+        store = SqliteStore.open(str(database)) if exists else SqliteStore.create(str(database), name="test")
         self.meta = MetaService(store)
         await self.meta.start()
         await self.open_files()
@@ -91,9 +89,13 @@ class Volume:
 
     async def crash(self) -> None:
         """Drop the data side as the death of the process does, and open it again."""
-        self.dying_meta.countdown = self.dying_objects.countdown = 0
+        for dying in (self.dying_meta, self.dying_objects):
+            dying.countdown, dying.permanent, dying.error = 0, True, Crash()
+            dying.methods = {"commit_data", "sync", "clone_range", "allocate_segments", "put", "adopt", "delete"}
+            dying.methods |= {"dead_segments", "forget_segments"}
         await self.files._flusher.stop()
         await self.files._reclaimer.stop()
+        await asyncio.gather(*self.files._flusher._working, return_exceptions=True)
         self.files._threads.shutdown()
         await self.objects.close()
         await self.open_files()

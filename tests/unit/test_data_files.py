@@ -15,6 +15,7 @@ import pytest
 from polefs.data import journal
 from polefs.data.dirty import Limits
 from polefs.data.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from polefs.data.state import FileState
 from polefs.meta.check import check, check_objects
 from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, SetAttr
 from polefs.meta.store.sqlite import SqliteStore
@@ -256,6 +257,7 @@ def test_a_copy_shares_extents(tmp_path: Path) -> None:
         assert await volume.copy(source, 0, target, 0, len(data)) == len(data)
         assert len(volume.object_paths()) == 1
         assert await volume.read(target) == data
+        await volume.write(source, 0, data[:10])
         assert await volume.copy(source, MIB, source, 2 * MIB, 10 * MIB) == MIB
         assert await volume.read(source) == data + data[MIB:]
         with pytest.raises(OSError) as caught:
@@ -302,6 +304,32 @@ def test_death_at_any_step_of_write_back(tmp_path: Path, size: int, where: str, 
         await volume.crash()
         assert await volume.read(ino) == data
         assert (await volume.inode(ino)).mtime == 1234
+
+    use(tmp_path, work)
+
+
+@pytest.mark.parametrize("base", [0, 3000, 1_500_000])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_many_extents_are_committed_in_steps(tmp_path: Path, base: int, failing: int) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        content = bytearray(os.urandom(base))
+        if base:
+            await volume.write(ino, 0, bytes(content))
+            await volume.files.flush()
+        content.extend(bytes(400 * 5000 + 10 - base))
+        for number in range(401):
+            await volume.write(ino, number * 5000, b"0123456789")
+            content[number * 5000 : number * 5000 + 10] = b"0123456789"
+        volume.dying_meta.methods, volume.dying_meta.countdown = {"commit_data"}, failing
+        try:
+            await volume.files.flush()
+        except Crash:
+            pass
+        assert await volume.read(ino) == content
+        await volume.crash()
+        assert await volume.read(ino) == content
+        assert await volume.seek(ino, 1_995_001, os.SEEK_HOLE) == 1_995_010
 
     use(tmp_path, work)
 
@@ -442,7 +470,7 @@ def test_a_failed_write_back_is_repeated(tmp_path: Path, where: str) -> None:
         inos = [await volume.make(b"%d" % number) for number in range(3)]
         data = [os.urandom(100), os.urandom(100_000), os.urandom(2 * MIB)]
         for ino, content in zip(inos, data, strict=True):
-            await volume.write(ino, 0, content)
+            await volume.write(ino, 0, bytes(content))
         dying = volume.dying_objects if where in ("put", "adopt") else volume.dying_meta
         dying.methods, dying.countdown, dying.permanent = {where}, 1, False
         dying.error = OSError(errno.ENOSPC, "full")
@@ -487,13 +515,36 @@ def test_writes_wait_for_room_and_get_the_error_that_prevents_it(tmp_path: Path)
 
 def test_write_back_happens_by_itself(tmp_path: Path) -> None:
     async def work(volume: Volume) -> None:
+        committed = asyncio.Event()
+        settled = volume.files._writeback._settled
+
+        def note(state: FileState, depth: int) -> None:
+            settled(state, depth)
+            committed.set()
+
+        volume.files._writeback._settled = note
         volume.files.start()
         ino = await volume.make(b"f")
         await volume.write(ino, 0, b"x")
-        while (await volume.meta.get_inode(ino)).inline is None:
-            await asyncio.sleep(0.01)
+        await committed.wait()
+        assert (await volume.meta.get_inode(ino)).inline == b"x"
 
     use(tmp_path, work, flush_after=0.01)
+
+
+def test_a_cancelled_caller_does_not_stop_write_back(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino, other = await volume.make(b"f"), await volume.make(b"g")
+        await volume.write(ino, 0, b"x" * 200_000)
+        for turns in range(6):
+            await volume.write(ino, turns, b"y" * 100_000)
+            copying = asyncio.create_task(volume.copy(ino, 0, other, 0, 200_000))
+            await ticks(turns)
+            copying.cancel()
+            await asyncio.gather(copying, volume.files.flush(), return_exceptions=True)
+        assert (await volume.read(ino))[5:100_005] == b"y" * 100_000
+
+    use(tmp_path, work)
 
 
 def test_missing_objects_are_an_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rawfuse import (
     Attributes,
     AttributesReply,
     DirectoryBuffer,
+    DirectoryPlusBuffer,
     Entry,
     FileSystem,
     FileSystemStatus,
@@ -123,9 +124,10 @@ class TestEager:
             assert tasks == before
 
     @on_both_loops
-    async def test_many_requests_of_one_burst(self) -> None:
+    async def test_more_requests_than_a_burst(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "BURST", 4)
         async with served(Scripted()) as kernel:
-            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(3 * dispatcher.BURST // 2)]
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(10)]
             assert [(await kernel.reply()).unique for _ in sent] == sent
 
     @on_both_loops
@@ -557,6 +559,13 @@ class Making(Scripted):
     async def open_dir(self, op: ops.OpenDir) -> OpenedFile:
         return OpenedFile(80)
 
+    async def read_dir_plus(self, op: ops.ReadDirPlus) -> DirectoryPlusBuffer:
+        records = DirectoryPlusBuffer(op.size)
+        records.add(b".", Entry(7, ATTRIBUTES), 1)
+        records.add(b"bare", None, 2, ino=4, kind=stat.S_IFREG)
+        records.add(b"full", Entry(5, ATTRIBUTES), 3)
+        return records
+
 
 class TestUndo:
     @pytest.mark.parametrize("error", [errno.ENOENT, errno.ENODEV, errno.EINVAL])
@@ -570,6 +579,7 @@ class TestUndo:
             (Opcode.CREATE, BODIES[Opcode.CREATE], [(ops.ReleaseFileHandle, 6, 60), (ops.ForgetInode, 6, 1)]),
             (Opcode.OPEN, BODIES[Opcode.OPEN], [(ops.ReleaseFileHandle, 7, 70)]),
             (Opcode.OPENDIR, BODIES[Opcode.OPENDIR], [(ops.ReleaseDirHandle, 7, 80)]),
+            (Opcode.READDIRPLUS, BODIES[Opcode.READDIRPLUS], [(ops.ForgetInode, 5, 1)]),
         ],
     )
     @on_both_loops

@@ -200,8 +200,12 @@ def test_golden_headers() -> None:
 def test_opcodes() -> None:
     numbers = [number for number in range(1, 54) if number not in (7, 19)]
     assert sorted(abi.Opcode) == [*numbers, 4096]
-    assert abi.Opcode.STATX == 52
-    assert abi.Opcode.RENAME2 == 45
+    assert {name: int(abi.Opcode[name]) for name in ("LOOKUP", "INIT", "RENAME2", "STATX")} == {
+        "LOOKUP": 1,
+        "INIT": 26,
+        "RENAME2": 45,
+        "STATX": 52,
+    }
 
 
 def test_notification_codes() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rawfuse.errors import ProtocolError
-from rawfuse.wire import NO_EXTENSIONS, Codec, Extensions, InHeader, InMessage, OutHeader, OutMessage
+from rawfuse.wire import NO_EXTENSIONS, Buffer, Codec, Extensions, InHeader, InMessage, OutHeader, OutMessage
 from tests.unit.rawfuse_helpers import GID, HEADER, NODEID, PID, UID, UNIQUE, loaded, request
 
 
@@ -172,7 +172,7 @@ class TestExtensions:
 
 class TestOutMessage:
     def test_buffers_are_not_joined(self) -> None:
-        body = [memoryview(b"one"), bytearray(b"three")]
+        body: list[Buffer] = [memoryview(b"one"), bytearray(b"three")]
         message = OutMessage(9, body)
         assert message.buffers[1:] == body
         assert message.buffers[1] is body[0]

@@ -1,0 +1,176 @@
+"""INIT: nothing is agreed to that is not offered, wanted, served and possible together."""
+
+from __future__ import annotations
+
+import errno
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rawfuse import FileSystem, FuseError, InitFlag, Opcode, Settings, ops
+from rawfuse.negotiate import DEFAULT, FEATURES, PAGE, encode_init, encode_old_major, negotiate, page_limit
+
+ALL = (1 << 43) - 1
+LOCKS = InitFlag.POSIX_LOCKS | InitFlag.FLOCK_LOCKS
+
+
+def init(flags: int = ALL, *, major: int = 7, minor: int = 45, max_readahead: int = 131072) -> ops.Init:
+    return ops.Init(2, 0, 0, 0, 0, major, minor, max_readahead, flags)
+
+
+class Everything(FileSystem):
+    """Implements every operation."""
+
+    def implements(self, opcode: Opcode) -> bool:
+        return True
+
+
+class Wishes(Everything):
+    def __init__(self, features: InitFlag) -> None:
+        self.features = features
+
+
+def test_every_flag_stands_in_the_table() -> None:
+    assert set(FEATURES) == set(InitFlag)
+
+
+def test_defaults_are_agreed_when_possible() -> None:
+    agreed = negotiate(init(), Everything(), Settings())
+    assert agreed.flags == DEFAULT
+    assert agreed.refused == {}
+    assert agreed.minor == 45
+
+
+def test_what_the_file_system_lacks_is_left_out() -> None:
+    agreed = negotiate(init(), FileSystem(), Settings())
+    assert not agreed.flags & (LOCKS | InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO | InitFlag.ATOMIC_O_TRUNC)
+    assert "GETLK" in agreed.refused[InitFlag.POSIX_LOCKS]
+
+
+def test_declined_opcodes_count_as_lacking() -> None:
+    class Locks(FileSystem):
+        async def get_lock(self, op: ops.GetLock) -> None:  # type: ignore[override]
+            return None
+
+        async def set_lock(self, op: ops.SetLock) -> None:
+            return None
+
+    assert negotiate(init(), Locks(), Settings()).flags & LOCKS == LOCKS
+    filesystem = Locks()
+    filesystem.declined = frozenset({Opcode.SETLKW})
+    assert not negotiate(init(), filesystem, Settings()).flags & LOCKS
+
+
+def test_kernel_that_offers_nothing() -> None:
+    agreed = negotiate(init(0), Wishes(InitFlag.POSIX_ACL), Settings())
+    assert agreed.flags == 0
+    assert agreed.max_pages == 32
+    assert agreed.max_write == 32 * PAGE
+    assert agreed.refused[InitFlag.POSIX_ACL] == "the kernel does not offer it"
+
+
+@pytest.mark.parametrize("flag", [flag for flag, feature in FEATURES.items() if not feature.served])
+def test_what_is_not_served_is_never_agreed_to(flag: InitFlag) -> None:
+    agreed = negotiate(init(), Wishes(flag), Settings())
+    assert not agreed.flags & flag
+    assert agreed.refused[flag] == "rawfuse does not serve it"
+
+
+@pytest.mark.parametrize("flag", [flag for flag, feature in FEATURES.items() if feature.served])
+def test_what_is_served_can_be_had(flag: InitFlag) -> None:
+    feature = FEATURES[flag]
+    settings = Settings(refuse=feature.excludes, request_timeout=flag == InitFlag.REQUEST_TIMEOUT and 60)
+    agreed = negotiate(init(), Wishes(flag | feature.requires), settings)
+    assert agreed.flags & flag
+    assert flag not in agreed.refused
+
+
+def test_settings_refuse() -> None:
+    agreed = negotiate(init(), Everything(), Settings(refuse=LOCKS))
+    assert agreed.flags == DEFAULT & ~LOCKS
+
+
+def test_exclusions() -> None:
+    agreed = negotiate(init(), Wishes(InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2), Settings())
+    assert agreed.flags & InitFlag.HANDLE_KILLPRIV_V2
+    assert not agreed.flags & InitFlag.HANDLE_KILLPRIV
+    assert "HANDLE_KILLPRIV_V2" in agreed.refused[InitFlag.HANDLE_KILLPRIV]
+
+
+@given(st.integers(0, ALL), st.integers(0, ALL), st.integers(0, ALL), st.booleans())
+def test_any_wishes_and_offers(offered: int, wanted: int, refused: int, everything: bool) -> None:
+    filesystem = Everything() if everything else FileSystem()
+    filesystem.features = InitFlag(wanted)
+    agreed = negotiate(init(offered), filesystem, Settings(refuse=InitFlag(refused)))
+    flags = agreed.flags
+    assert flags & ~offered == 0
+    assert flags & ~(DEFAULT | wanted) == 0
+    assert flags & refused == 0
+    for flag, feature in FEATURES.items():
+        if flags & flag:
+            assert feature.served
+            assert flags & feature.excludes == 0
+            assert flags & feature.requires == feature.requires
+            assert all(filesystem.implements(opcode) for opcode in feature.needs)
+    assert PAGE <= agreed.max_write <= agreed.max_pages * PAGE
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(1, PAGE), (PAGE, PAGE), (65536, 65536), (1 << 40, page_limit() * PAGE)]
+)
+def test_max_write(asked: int, expected: int) -> None:
+    agreed = negotiate(init(), Everything(), Settings(max_write=asked))
+    assert agreed.max_write == expected
+    assert agreed.max_pages == expected // PAGE
+    assert agreed.buffer_size >= max(8192, 80 + agreed.max_write)
+
+
+@pytest.mark.parametrize("minor", [31, 40, 45, 60])
+def test_minor_is_the_lesser(minor: int) -> None:
+    assert negotiate(init(minor=minor), Everything(), Settings()).minor == min(45, minor)
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 30), (7, 0), (6, 50), (0, 0)])
+def test_kernels_that_are_too_old(major: int, minor: int) -> None:
+    with pytest.raises(FuseError) as caught:
+        negotiate(init(major=major, minor=minor), Everything(), Settings())
+    assert caught.value.errno == errno.EPROTO
+    assert f"{major}.{minor}" in str(caught.value)
+
+
+def test_reply() -> None:
+    settings = Settings(max_write=65536, max_background=5, congestion_threshold=4, request_timeout=60)
+    agreed = negotiate(init(), Wishes(InitFlag.HANDLE_KILLPRIV_V2), settings)
+    body = encode_init(agreed, settings)
+    assert len(body) == 64
+    flags = int(DEFAULT | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.REQUEST_TIMEOUT)
+    assert struct.unpack_from("=IIIIHHIIHHIIH", body) == (
+        7,
+        45,
+        agreed.max_readahead,
+        flags & 0xFFFFFFFF,
+        5,
+        4,
+        65536,
+        1,
+        65536 // PAGE,
+        0,
+        flags >> 32,
+        0,
+        60,
+    )
+    assert body[42:] == bytes(22)
+
+
+def test_second_flags_need_init_ext() -> None:
+    """Without INIT_EXT in the reply the kernel reads no flags2: then none of those may count as agreed."""
+    high = InitFlag.HAS_EXPIRE_ONLY | InitFlag.HAS_RESEND | InitFlag.DIRECT_IO_ALLOW_MMAP
+    agreed = negotiate(init(), Everything(), Settings(refuse=InitFlag.INIT_EXT))
+    assert not agreed.flags & high
+
+
+def test_reply_to_a_newer_major() -> None:
+    body = encode_old_major()
+    assert struct.unpack_from("=II", body) == (7, 45)
