@@ -166,7 +166,7 @@ def test_two_that_make_one_volume(tmp_path: Path) -> None:
         answers.append(child.stdout.readline().strip())
     for child in children:
         child.communicate("end\n")
-    assert sorted(answers)[:3] == [str(errno.EBUSY)] * 3
+    assert answers.count(str(errno.EBUSY)) == 3
     assert open_volume(str(tmp_path / "v")).info.uuid in answers
 
 
