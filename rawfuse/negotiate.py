@@ -119,7 +119,8 @@ class Settings:
 
     max_write: int = 1 << 20
     """Largest WRITE, and, in pages, largest READ; clamped to the sysctl fs.fuse.max_pages_limit."""
-    max_readahead: int = 1 << 20
+    max_readahead: int = 4 << 20
+    """Read-ahead window of the mount. INIT alone cannot raise it above 128 KiB, so it is set through sysfs, as root."""
     max_background: int = 64
     congestion_threshold: int = 48
     request_timeout: int = 0
@@ -184,7 +185,7 @@ def negotiate(init: Init, filesystem: FileSystem, settings: Settings) -> Agreeme
         flags=agreed,
         max_write=max(PAGE, min(settings.max_write, pages * PAGE)),
         max_pages=pages,
-        max_readahead=min(settings.max_readahead, max(init.max_readahead, pages * PAGE)),
+        max_readahead=settings.max_readahead,
         refused=refused,
     )
 
