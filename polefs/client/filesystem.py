@@ -253,7 +253,8 @@ class PoleFileSystem(FileSystem):
             await self._space.claim(op.size)
         inode = await self._meta.get_inode(op.nodeid)
         if op.write_flags & WriteFlag.KILL_SUIDGID and inode.mode & _SET_ID:
-            inode = await self._meta.set_attributes(op.nodeid, SetAttr(kill_suidgid=True))
+            await self._meta.set_attributes(op.nodeid, SetAttr(kill_suidgid=True))
+            inode = await self._meta.get_inode(op.nodeid)
         return await self._files.write(inode, op.offset, op.data, time_ns())
 
     async def fallocate(self, op: ops.Fallocate) -> None:
