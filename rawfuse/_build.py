@@ -13,6 +13,7 @@ _HELPERS = (_HERE / "_helpers.c").read_text()
 _INCLUDES = """
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <sys/mount.h>

@@ -36,7 +36,8 @@ static int rawfuse_interrupt(unsigned long thread)
     return pthread_kill((pthread_t)thread, SIGURG);
 }
 
-/* As rawfuse_read on a non-blocking descriptor, but looks again for up to `nanoseconds` before it returns -EAGAIN. */
+/* As rawfuse_read on a non-blocking descriptor, but looks again for up to `nanoseconds` before it returns -EAGAIN. Who
+ * else could run on this processor goes first: it may be the one who makes the next request. */
 static long rawfuse_read_soon(int fd, void *buffer, size_t size, long nanoseconds)
 {
     struct timespec start, now;
@@ -45,6 +46,7 @@ static long rawfuse_read_soon(int fd, void *buffer, size_t size, long nanosecond
         return n < 0 ? -errno : n;
     clock_gettime(CLOCK_MONOTONIC, &start);
     do {
+        sched_yield();
         n = read(fd, buffer, size);
         if (n >= 0 || errno != EAGAIN)
             return n < 0 ? -errno : n;

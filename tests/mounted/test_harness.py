@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +52,9 @@ def test_watchdog_interrupts_python(server: Server, watchdog: Watchdog) -> None:
 def test_watchdog_frees_other_processes(server: Server, watchdog: Watchdog) -> None:
     server.signal(signal.SIGSTOP)
     with Peer() as peer:
+        peer.start(os.mkdir, server.mountpoint / "d")
         with pytest.raises(DeadlineExceeded), watchdog.deadline(0.5):
-            peer.call(os.mkdir, server.mountpoint / "d")
+            threading.Event().wait()
         with fails(errno.ENOTCONN, errno.ECONNABORTED):
             peer.result()
 

@@ -395,7 +395,7 @@ class Comparison(RuleBasedStateMachine):
 @pytest.mark.deadline(7200 if STRESS else 240)
 def test_same_as_a_plain_directory(root: Path, target: Target) -> None:
     """Every tenth run ends with an unmount and a mount, after which all must still be the same."""
-    local = Path(tempfile.mkdtemp(prefix="polefs-model-", dir=os.environ.get("POLEFS_TEST_DIR")))
+    local = Path(tempfile.mkdtemp(prefix="polefs-compare-", dir=os.environ.get("POLEFS_TEST_DIR")))
     local.chmod(0o755)
     runs = iter(range(1_000_000))
     try:
