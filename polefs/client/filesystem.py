@@ -154,7 +154,8 @@ class PoleFileSystem(FileSystem):
         self._orphans.unlinked(await self._meta.rmdir(op.nodeid, op.name))
 
     async def rename(self, op: ops.Rename) -> None:
-        replaced = await self._meta.rename(op.nodeid, op.name, op.new_parent, op.new_name, op.flags)
+        caller = Caller(op.uid, op.gid, op.pid)
+        replaced = await self._meta.rename(caller, op.nodeid, op.name, op.new_parent, op.new_name, op.flags)
         if replaced is not None:
             self._orphans.unlinked(replaced)
 
@@ -228,7 +229,9 @@ class PoleFileSystem(FileSystem):
         return await self._meta.get_xattr(op.nodeid, op.name)
 
     async def list_xattr(self, op: ops.ListXattr) -> list[bytes]:
-        return await self._meta.list_xattr(op.nodeid)
+        names = await self._meta.list_xattr(op.nodeid)
+        # Only the privileged see them (fs/xattr.c: xattr_permission; capabilities are not told, so root stands for them).
+        return names if op.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     async def set_xattr(self, op: ops.SetXattr) -> None:
         kill_sgid = bool(op.setxattr_flags & SetXattrFlag.ACL_KILL_SGID)
@@ -245,7 +248,8 @@ class PoleFileSystem(FileSystem):
     async def read_file(self, op: ops.ReadFile) -> ReadResult:
         inode = await self._meta.get_inode(op.nodeid)
         data = await self._files.read(inode, op.offset, op.size)
-        self._times.read(self._files.overlay(inode), time_ns())
+        if not op.flags & os.O_NOATIME:
+            self._times.read(self._files.overlay(inode), time_ns())
         return data
 
     async def write_file(self, op: ops.WriteFile) -> int:

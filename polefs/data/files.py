@@ -184,8 +184,7 @@ class FileStore:
         size = self.overlay(inode).size
         new_size = size if keep else max(size, end)
         if action == 0:
-            if new_size > size:
-                self._dirty.truncate(inode, new_size, now)
+            self._dirty.truncate(inode, new_size, now)
         else:
             self._dirty.punch(inode, min(offset, new_size), min(end, new_size), new_size, now)
 

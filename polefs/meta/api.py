@@ -65,10 +65,12 @@ class MetaAPI(Protocol):
         """ENOENT, ENOTDIR, ENOTEMPTY, EINVAL for ``.``, ENOTEMPTY for ``..``. The removed directory is an orphan."""
         ...
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> Inode | None:
+    async def rename(
+        self, caller: Caller, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> Inode | None:
         """Move a name atomically; returns the inode that was replaced, as it is then, if one was. ``flags``: 0 or one
-        of RENAME_*; WHITEOUT leaves a character device 0:0 behind. EINVAL for a directory moved into itself and for
-        contradicting flags, EEXIST (NOREPLACE), ENOENT, EISDIR, ENOTDIR, ENOTEMPTY, EMLINK."""
+        of RENAME_*; WHITEOUT leaves a character device 0:0 of the caller behind. EINVAL for a directory moved into
+        itself and for contradicting flags, EEXIST (NOREPLACE), ENOENT, EISDIR, ENOTDIR, ENOTEMPTY, EMLINK."""
         ...
 
     async def list_dir(self, ino: int, after: int, limit: int) -> list[Dentry]:

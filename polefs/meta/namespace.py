@@ -310,7 +310,7 @@ async def _has_no_names(tx: Reader, inode: Inode) -> bool:
 
 
 async def rename(
-    tx: Transaction, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
+    tx: Transaction, caller: Caller, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
 ) -> Inode | None:
     if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT) or (
         flags & RENAME_EXCHANGE and flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)
@@ -359,7 +359,8 @@ async def rename(
             raise error(errno.ENOTEMPTY)
     if flags & RENAME_WHITEOUT and inodes_full(tx):
         raise error(errno.ENOSPC)
-    return await _move(tx, above, name, moved, new_above, new_name, target, bool(flags & RENAME_WHITEOUT))
+    owner = caller if flags & RENAME_WHITEOUT else None
+    return await _move(tx, above, name, moved, new_above, new_name, target, owner)
 
 
 async def _is_within(tx: Reader, inode: Inode, ancestor: int) -> bool:
@@ -386,18 +387,22 @@ async def _move(
     new_above: Inode,
     new_name: bytes,
     target: Inode | None,
-    whiteout: bool,
+    whiteout: Caller | None,
 ) -> Inode | None:
+    """``whiteout``: who leaves one behind, if anybody."""
     now = time.time_ns()
     kind = moved.mode & _FORMAT_MASK
-    if target is None and not whiteout:
+    if target is None and whiteout is None:
         await tx.move_dentry(above.ino, name, new_above.ino, new_name, moved.ino)
     elif target is None:
         await tx.add_dentry(new_above.ino, new_name, moved.ino, kind)
     else:
         await tx.set_dentry(new_above.ino, new_name, moved.ino, kind)
-    if whiteout:
-        device = Inode(await tx.allocate_ino(), _WHITEOUT_MODE, 0, 0, 1, 0, 0, now, now, now, now, 0, above.ino, 1)
+    if whiteout is not None:
+        gid = above.gid if above.mode & stat.S_ISGID else whiteout.gid
+        device = Inode(
+            await tx.allocate_ino(), _WHITEOUT_MODE, whiteout.uid, gid, 1, 0, 0, now, now, now, now, 0, above.ino, 1
+        )
         tx.put_inode(device)
         tx.add_usage(0, 1)
         await tx.set_dentry(above.ino, name, device.ino, _WHITEOUT_MODE)

@@ -65,8 +65,10 @@ class MetaService:
     async def rmdir(self, parent: int, name: bytes) -> Inode:
         return await self._write(namespace.rmdir, parent, name)
 
-    async def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> Inode | None:
-        return await self._write(namespace.rename, parent, name, new_parent, new_name, flags)
+    async def rename(
+        self, caller: Caller, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> Inode | None:
+        return await self._write(namespace.rename, caller, parent, name, new_parent, new_name, flags)
 
     async def list_dir(self, ino: int, after: int, limit: int) -> list[Dentry]:
         return await self._read(namespace.list_dir, ino, after, limit)

@@ -123,7 +123,7 @@ class Meta:
         self, name: bytes, new_name: bytes, parent: int = ROOT_INO, new_parent: int | None = None, flags: int = 0
     ) -> Inode | None:
         new_parent = parent if new_parent is None else new_parent
-        return self.run(self.service.rename(parent, name, new_parent, new_name, flags))
+        return self.run(self.service.rename(ROOT, parent, name, new_parent, new_name, flags))
 
     def release(self, *inos: int) -> None:
         self.run(self.service.release_orphans(inos))

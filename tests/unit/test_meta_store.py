@@ -284,7 +284,7 @@ async def work(service, worker):
         await service.make_node(caller, folder, name, 0o100644, 0)
         os.write(1, b"+ %d %d\\n" % (worker, number))
         if number % 3 == 0:
-            await service.rename(folder, name, folder, b"r" + name)
+            await service.rename(caller, folder, name, folder, b"r" + name)
             os.write(1, b"> %d %d\\n" % (worker, number))
         elif number % 3 == 1:
             inode = await service.unlink(folder, name)
