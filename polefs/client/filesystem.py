@@ -230,7 +230,7 @@ class PoleFileSystem(FileSystem):
 
     async def list_xattr(self, op: ops.ListXattr) -> list[bytes]:
         names = await self._meta.list_xattr(op.nodeid)
-        # Only the privileged see them (fs/xattr.c: xattr_permission; capabilities are not told, so root stands for them).
+        # Only the privileged see these (fs/xattr.c: xattr_permission); capabilities are not told, root stands for them.
         return names if op.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     async def set_xattr(self, op: ops.SetXattr) -> None:
