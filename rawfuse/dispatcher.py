@@ -249,12 +249,14 @@ class Dispatcher:
                 return
 
     def end(self, error: int) -> None:
-        """ENODEV: unmounted; ECONNABORTED: aborted through fusectl; anything else is unexpected, and final too."""
+        """ENODEV: unmounted; ECONNABORTED: aborted through fusectl; anything else is unexpected, and final too. Nobody
+        waits for replies any more; handlers whose effect must not stop half-way finish all the same."""
         self._pause()
         if -error not in _ENDED:
             log.error("reading /dev/fuse failed: %s", errno.errorcode.get(error, error))
         for running in list(self._running.values()):
-            running.cancel()
+            if running.row.interruptible:
+                running.cancel()
         if not self.ended.done():
             self.ended.set_result(error)
 

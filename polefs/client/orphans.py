@@ -15,6 +15,11 @@ from polefs.meta.model import Inode
 
 log = logging.getLogger(__name__)
 
+RELEASE_AFTER = 0.1
+"""Seconds for which removed files are gathered, to be released in one transaction; and an fsync that comes in between
+does not wait for their removal."""
+MOST_GATHERED = 1024
+
 
 class Orphans:
     """Look-up counts of every inode that the kernel knows, and the nameless ones among them."""
@@ -25,6 +30,7 @@ class Orphans:
         self._lookups: dict[int, int] = {}
         self._nameless: set[int] = set()
         self._ready: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._release: asyncio.Task[None] | None = None
 
     def looked_up(self, ino: int) -> None:
@@ -56,16 +62,24 @@ class Orphans:
         self._nameless.discard(ino)
 
     def _reclaim(self, ino: int) -> None:
+        self._files.forget(ino)
         self._ready.append(ino)
-        if self._release is None:
+        if len(self._ready) >= MOST_GATHERED:
+            self._start_release()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(RELEASE_AFTER, self._start_release)
+
+    def _start_release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._release is None and self._ready:
             self._release = asyncio.get_running_loop().create_task(self._release_all())
 
     async def _release_all(self) -> None:
         try:
             while self._ready:
                 ready, self._ready = self._ready, []
-                for ino in ready:
-                    self._files.forget(ino)
                 await self._meta.release_orphans(ready)
                 self._files.reclaim_soon()
         except OSError as error:
@@ -75,5 +89,6 @@ class Orphans:
             self._release = None
 
     async def close(self) -> None:
+        self._start_release()
         if self._release is not None:
             await self._release
