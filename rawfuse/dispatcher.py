@@ -18,12 +18,14 @@ from typing import Any
 
 from rawfuse import ops
 from rawfuse.abi import InitFlag, Opcode
+from rawfuse.decode import Decoder
 from rawfuse.device import Device, RequestBuffer
+from rawfuse.encode import Encoder, Message
 from rawfuse.errors import MAX_ERRNO, ProtocolError
 from rawfuse.filesystem import FileSystem
 from rawfuse.negotiate import Agreement
 from rawfuse.notify import Notifier
-from rawfuse.table import SET_XATTR_COMPAT, TABLE, Decoder, Encoder, Message
+from rawfuse.table import SET_XATTR_COMPAT, TABLE
 from rawfuse.trace import Trace
 from rawfuse.wire import OUT_HEADER, InMessage
 
