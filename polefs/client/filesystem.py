@@ -66,10 +66,6 @@ class PoleFileSystem(FileSystem):
         self._space = space
         self._times = times
         self._orphans = Orphans(meta, files)
-        self._limited = False
-
-    async def start(self) -> None:
-        self._limited = (await self._meta.usage()).bytes_limit > 0
 
     def end_of_burst(self) -> None:
         self._meta.end_turn()
@@ -122,20 +118,24 @@ class PoleFileSystem(FileSystem):
             self._orphans.forgotten(ino, count)
 
     async def mk_node(self, op: ops.MkNode) -> Entry:
+        await self._space.claim_entry()
         caller = Caller(op.uid, op.gid, op.pid)
         return self._entry(await self._meta.make_node(caller, op.nodeid, op.name, op.mode, op.umask, op.rdev))
 
     async def mk_dir(self, op: ops.MkDir) -> Entry:
+        await self._space.claim_entry()
         caller = Caller(op.uid, op.gid, op.pid)
         mode = stat.S_IFDIR | op.mode & _PERMISSIONS
         return self._entry(await self._meta.make_node(caller, op.nodeid, op.name, mode, op.umask))
 
     async def create_symlink(self, op: ops.CreateSymlink) -> Entry:
+        await self._space.claim_entry()
         caller = Caller(op.uid, op.gid, op.pid)
         mode = stat.S_IFLNK | 0o777
         return self._entry(await self._meta.make_node(caller, op.nodeid, op.name, mode, 0, 0, op.target))
 
     async def create_tmpfile(self, op: ops.CreateTmpfile) -> tuple[Entry, OpenedFile]:
+        await self._space.claim_entry()
         caller = Caller(op.uid, op.gid, op.pid)
         inode = await self._meta.make_unnamed(caller, op.nodeid, op.mode, op.umask)
         entry = self._entry(inode)
@@ -143,6 +143,7 @@ class PoleFileSystem(FileSystem):
         return entry, OpenedFile()
 
     async def create_link(self, op: ops.CreateLink) -> Entry:
+        await self._space.claim_entry()
         inode = await self._meta.link(op.ino, op.nodeid, op.name)
         self._orphans.linked(inode.ino)
         return self._entry(inode)
@@ -234,6 +235,7 @@ class PoleFileSystem(FileSystem):
         return names if op.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     async def set_xattr(self, op: ops.SetXattr) -> None:
+        await self._space.claim_entry(len(op.value))
         kill_sgid = bool(op.setxattr_flags & SetXattrFlag.ACL_KILL_SGID)
         await self._meta.set_xattr(op.nodeid, op.name, op.value, op.flags, kill_sgid)
 
@@ -253,8 +255,7 @@ class PoleFileSystem(FileSystem):
         return data
 
     async def write_file(self, op: ops.WriteFile) -> int:
-        if self._limited:
-            await self._space.claim(op.size)
+        await self._space.claim(op.size)
         inode = await self._meta.get_inode(op.nodeid)
         if op.write_flags & WriteFlag.KILL_SUIDGID and inode.mode & _SET_ID:
             await self._meta.set_attributes(op.nodeid, SetAttr(kill_suidgid=True))
@@ -272,11 +273,10 @@ class PoleFileSystem(FileSystem):
     async def copy_file_range(self, op: ops.CopyFileRange) -> int:
         if op.flags:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        length = min(op.length, _MOST_COPIED)
+        await self._space.claim(length)
         source = await self._meta.get_inode(op.nodeid)
         target = await self._meta.get_inode(op.nodeid_out)
-        length = min(op.length, _MOST_COPIED)
-        if self._limited:
-            await self._space.claim(length)
         return await self._files.copy_range(source, op.offset_in, target, op.offset_out, length, time_ns())
 
     async def sync_file(self, op: ops.SyncFile) -> None:

@@ -1,8 +1,13 @@
-"""statfs, and the volume's limit on bytes."""
+"""statfs, and who may still store something: the volume's limit on bytes, and the room at its place.
+
+A file system that is full to the last byte cannot even remove a file: that is a change as well, and has to be stored.
+So contents may not take the last of the room, and names leave half of that.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Awaitable, Callable
 
@@ -12,7 +17,19 @@ from polefs.meta.model import NAME_MAX
 from polefs.objects.directory import Space
 from rawfuse import FileSystemStatus
 
+log = logging.getLogger(__name__)
+
 BLOCK_SIZE = 4096
+
+RESERVE = 128 << 20
+"""Room that contents leave, bytes; on a small place ``RESERVE_SHARE`` of all."""
+RESERVE_SHARE = 8
+LOOK_AFTER = 256 << 20
+"""Bytes handed out after which the place is looked at again: others may use it too."""
+MOST_STORED = 8 << 20
+"""What a request stores at most, bytes: larger copies share extents."""
+ENTRY = 8 << 10
+"""What a name takes, with room for the pages that change, bytes."""
 
 
 class VolumeSpace:
@@ -22,11 +39,15 @@ class VolumeSpace:
         self._meta = meta
         self._files = files
         self._backing = backing
+        self._reserve = 0
+        self._room = 0
+        """What contents may still take until the next look, bytes; names go below 0."""
 
     async def status(self) -> FileSystemStatus:
         usage, backing = await self._meta.usage(), await self._backing()
         used = usage.bytes + self._files.dirty_bytes
-        free, available = backing.bytes_free, backing.bytes_available
+        reserve = _reserve(backing)
+        free, available = max(0, backing.bytes_free - reserve), max(0, backing.bytes_available - reserve)
         if usage.bytes_limit:
             free = max(0, min(free, usage.bytes_limit - used))
             available = min(available, free)
@@ -44,8 +65,46 @@ class VolumeSpace:
         )
 
     async def claim(self, length: int) -> None:
-        """ENOSPC when ``length`` more bytes would pass the volume's limit. Bytes that replace others count as new until
-        they are committed."""
+        """ENOSPC when there is no room for ``length`` more bytes, in the volume's limit or at its place. Bytes that
+        replace others count as new until they are committed, which is done here when they are in the way."""
         usage = await self._meta.usage()
         if usage.bytes_limit and usage.bytes + self._files.dirty_bytes + length > usage.bytes_limit:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            await self._make_room()
+            usage = await self._meta.usage()
+            if usage.bytes + self._files.dirty_bytes + length > usage.bytes_limit:
+                raise _full()
+        # Once in the local directory, once as an object: the former is given back after the latter is stored.
+        await self._take(2 * min(length, MOST_STORED), 0)
+
+    async def claim_entry(self, length: int = 0) -> None:
+        """ENOSPC when there is no room for a name, or ``length`` bytes of other metadata, at the volume's place."""
+        await self._take(ENTRY + 2 * length, -self._reserve // 2)
+
+    async def _take(self, need: int, least: int) -> None:
+        if self._room - need < least:
+            await self._look()
+            if self._room - need < least:
+                await self._make_room()
+                await self._look()
+            if self._room - need < least:
+                raise _full()
+        self._room -= need
+
+    async def _make_room(self) -> None:
+        try:
+            await self._files.make_room()
+        except OSError as error:
+            log.warning("no room could be made: %s", error)
+
+    async def _look(self) -> None:
+        backing = await self._backing()
+        self._reserve = _reserve(backing)
+        self._room = min(backing.bytes_available - self._files.dirty_bytes - self._reserve, LOOK_AFTER)
+
+
+def _reserve(backing: Space) -> int:
+    return min(RESERVE, backing.bytes_total // RESERVE_SHARE)
+
+
+def _full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -54,8 +54,10 @@ class DirtyFiles:
         """The state of a file by inode number; None when everything of it is committed."""
         self._settled: dict[int, int] = {}
         """Files whose changes are committed but still told of by a journal, and which one's number is the last."""
-        self._retired: list[tuple[int, str]] = []
-        """Replicas that nobody needs any more but a journal: its number and the path."""
+        self._ignored: dict[int, int] = {}
+        """Files of which a journal says that what it tells of them is to be ignored, and its number."""
+        self._retired: list[tuple[int, Replica]] = []
+        """Replicas that nobody needs any more but a journal, and its number."""
         self._generations = itertools.count(1)
         self._memory = 0
         self._replicas = 0
@@ -146,6 +148,25 @@ class DirtyFiles:
         self.log.current.append(Kind.SETTLED, ino, 0, 0, 0, 0)
         self.changed.set()
         del self._settled[ino]
+        self._ignored[ino] = self.log.epoch
+
+    def durable(self, ino: int) -> bool:
+        """Whether a replay after a loss of power would bring the file to its present contents."""
+        state = self._states.get(ino)
+        if state is not None:
+            told = self.log.durable(state.journal_epoch, state.journal_end)
+        elif ino in self._settled or ino in self._ignored:
+            # Half of the story would undo what has been committed since.
+            told = self.log.durable(self.log.epoch, self.log.current.end)
+        else:
+            return True
+        return told and all(replica.durable for replica in self.replicas(ino))
+
+    def replicas(self, ino: int) -> list[Replica]:
+        """All replicas of a file that journals tell of."""
+        state = self._states.get(ino)
+        found = [] if state is None else state.replicas()
+        return found + [replica for _, replica in self._retired if replica.ino == ino]
 
     def forget(self, ino: int) -> None:
         """The file is removed: nothing of it is written back any more."""
@@ -193,13 +214,14 @@ class DirtyFiles:
 
     def retired(self, before: int) -> list[str]:
         """Paths of the replicas that only journals before ``before`` tell of, to be deleted after these."""
-        return [path for epoch, path in self._retired if epoch < before]
+        return [replica.path for epoch, replica in self._retired if epoch < before]
 
     def deleted(self, before: int) -> None:
         """The journals before ``before`` are deleted, and the replicas that ``retired`` named before these were."""
         self._settled = {ino: epoch for ino, epoch in self._settled.items() if epoch >= before}
+        self._ignored = {ino: epoch for ino, epoch in self._ignored.items() if epoch >= before}
         count = len(self._retired)
-        self._retired = [(epoch, path) for epoch, path in self._retired if epoch >= before]
+        self._retired = [(epoch, replica) for epoch, replica in self._retired if epoch >= before]
         self._replicas -= count - len(self._retired)
         self._check()
 
@@ -224,7 +246,7 @@ class DirtyFiles:
 
     def _retire(self, layer: Layer) -> None:
         assert layer.replica is not None
-        self._retired.append((layer.epoch, layer.replica.path))
+        self._retired.append((layer.epoch, layer.replica))
         layer.replica = None
 
     def _punch(self, layer: Layer, start: int, end: int) -> None:

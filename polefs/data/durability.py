@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -50,8 +51,12 @@ class JournalLog:
     async def rotate(self) -> None:
         """Start the next journal. What was appended before the return is in older ones, what comes after in the new
         one."""
+        if self.current.end == HEADER_SIZE:
+            return
         loop = asyncio.get_running_loop()
-        new = await loop.run_in_executor(self._threads, Journal, self._directory, self.epoch + 1)
+        # After rounds that failed the older ones are still there: not each of them takes room in advance.
+        make = functools.partial(Journal, self._directory, self.epoch + 1, preallocate=not self._older)
+        new = await loop.run_in_executor(self._threads, make)
         self._older.append(self.current)
         self._older_size += self.current.end
         self.current = new
@@ -68,14 +73,13 @@ class JournalLog:
             journal.remove(self._directory, recycle=journal is journals[-1])
             self._older.remove(journal)
             self._older_size -= journal.end
-        if replicas:
-            # A journal that came back after a loss of power would look for its replicas.
-            sync_directory(self._directory)
-            for path in replicas:
-                try:
-                    os.unlink(path)
-                except FileNotFoundError:
-                    pass  # by an earlier attempt that failed half-way
+        # A journal that came back after a loss of power might have lost its end, and would look for its replicas.
+        sync_directory(self._directory)
+        for path in replicas:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass  # by an earlier attempt that failed half-way
 
     def durable(self, epoch: int, end: int) -> bool:
         """Whether all records up to ``end`` of journal ``epoch`` survive the loss of power."""

@@ -273,22 +273,17 @@ class FileStore:
         state = self._find(ino)
         if state is not None:
             state.synced_often = True
-            if self._log.failed:
-                # What a failed fdatasync left behind may never reach the disk, whatever the next one says.
-                await self._flusher.flush()
-            elif not self._durable(state):
-                replicas = [replica for replica in state.replicas() if not replica.durable]
-                # Both at once: the metadata has a thread of its own.
-                synced = asyncio.shield(self._log.sync(replicas))
-                await self._meta.sync()
-                await synced
-                return
+        if self._log.failed:
+            # What a failed fdatasync left behind may never reach the disk, whatever the next one says.
+            await self._flusher.flush()
+        elif not self._dirty.durable(ino):
+            replicas = [replica for replica in self._dirty.replicas(ino) if not replica.durable]
+            # Both at once: the metadata has a thread of its own.
+            synced = asyncio.shield(self._log.sync(replicas))
+            await self._meta.sync()
+            await synced
+            return
         await self._meta.sync()
-
-    def _durable(self, state: FileState) -> bool:
-        return self._log.durable(state.journal_epoch, state.journal_end) and all(
-            replica.durable for replica in state.replicas()
-        )
 
     def forget(self, ino: int) -> None:
         """The file is removed for good: nothing of it is written back."""
@@ -301,6 +296,11 @@ class FileStore:
             await self._flusher.flush()
         elif self._find(ino) is not None:
             await self._flusher.flush_files((ino,))
+
+    async def make_room(self) -> None:
+        """Write back everything and delete what is dead now: what is left is needed."""
+        await self._flusher.flush()
+        await self._reclaimer.reclaim()
 
     @property
     def dirty_bytes(self) -> int:

@@ -40,6 +40,9 @@ its fdatasync two to three times cheaper than growing a file."""
 _FIRST_SIZE: Final = 16 << 20
 """Written with zeros when there is no journal to recycle, bytes."""
 
+_SHARE: Final = 16
+"""None of the two takes more than this part of the space that is left."""
+
 SPARE_NAME: Final = "spare"
 _PREFIX: Final = "journal."
 
@@ -88,15 +91,15 @@ class Journal:
 
     __slots__ = ("_fd", "_seed", "end", "failed", "number", "path", "synced")
 
-    def __init__(self, directory: str, number: int) -> None:
+    def __init__(self, directory: str, number: int, *, preallocate: bool = True) -> None:
         """Make the journal file, out of the spare one when there is one. Blocks."""
         spare = os.path.join(directory, SPARE_NAME)
         self._fd = -1
         self.number = number
         self.path = os.path.join(directory, journal_name(number))
         self._fd = os.open(spare, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        if os.fstat(self._fd).st_size == 0:
-            os.pwrite(self._fd, bytes(_FIRST_SIZE), 0)
+        if preallocate and os.fstat(self._fd).st_size == 0:
+            os.pwrite(self._fd, bytes(_at_most(_FIRST_SIZE, self._fd)), 0)
         salt = os.urandom(8)
         fields = _HEADER.pack(_MAGIC, number, int.from_bytes(salt, "little"), 0)[:-4]
         os.pwrite(self._fd, fields + _CHECK.pack(_crc(0, fields)), 0)
@@ -136,8 +139,9 @@ class Journal:
     def remove(self, directory: str, *, recycle: bool) -> None:
         """Take the journal away, or make it the spare one. Blocks."""
         if recycle and not self.failed:
-            if os.fstat(self._fd).st_size > RECYCLED_MAX:
-                os.ftruncate(self._fd, RECYCLED_MAX)
+            kept = _at_most(RECYCLED_MAX, self._fd)
+            if os.fstat(self._fd).st_size > kept:
+                os.ftruncate(self._fd, kept)
             os.rename(self.path, os.path.join(directory, SPARE_NAME))
         else:
             os.unlink(self.path)
@@ -171,6 +175,11 @@ def read_journal(path: str, number: int) -> Iterator[Record]:
             position += _OVERHEAD + length
     finally:
         os.close(fd)
+
+
+def _at_most(size: int, fd: int) -> int:
+    found = os.fstatvfs(fd)
+    return min(size, found.f_bavail * found.f_frsize // _SHARE)
 
 
 def _crc(crc: int, data: bytes) -> int:

@@ -165,17 +165,31 @@ def _fill(found: list[Buffer | None], late: dict[int, Buffer | list[Buffer]]) ->
     return filled
 
 
+SEEK_BLOCK: Final = 4096
+"""Holes are told in blocks of this size, bytes, as other file systems tell them: a block with any data is data."""
+
+
 async def seek(reader: Reader, state: FileState | None, inode: Inode, offset: int, whence: int) -> int:
-    """lseek(2) with SEEK_DATA or SEEK_HOLE, exact to the byte. ENXIO at or past the end, and when no data follows;
-    EINVAL for another ``whence``."""
+    """lseek(2) with SEEK_DATA or SEEK_HOLE. ENXIO at or past the end, and when no data follows; EINVAL for another
+    ``whence``."""
     if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     size = inode.size if state is None else state.size
     if 0 <= offset < size:
-        wanted = whence == os.SEEK_DATA
-        async for start, _, is_data in reader.layout(state, inode, offset, size):
-            if is_data == wanted:
-                return start
-        if not wanted:
-            return size
+        data_end = _block(offset)
+        async for start, end, is_data in reader.layout(state, inode, data_end, size):
+            if not is_data:
+                continue
+            first = _block(start)
+            if whence == os.SEEK_DATA:
+                return max(offset, first)
+            if first > data_end:
+                break
+            data_end = _block(end + SEEK_BLOCK - 1)
+        if whence == os.SEEK_HOLE:
+            return min(max(offset, data_end), size)
     raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+
+
+def _block(offset: int) -> int:
+    return offset & -SEEK_BLOCK

@@ -85,9 +85,12 @@ def load(runs: Sequence[Run]) -> tuple[list[bytes | memoryview], tuple[tuple[int
     return parts, tuple(checks)
 
 
-def prepare_adoption(replica: Replica, pieces: Sequence[DataPiece], size: int) -> tuple[tuple[int, int], ...]:
+def prepare_adoption(replica: Replica, pieces: Sequence[DataPiece], size: int) -> tuple[tuple[int, int], ...] | None:
     """Make the replica the whole file of ``size`` bytes, adding what is in memory chunks, and return its runs. Nothing
-    else may write to it. Blocks."""
+    else may write to it. Blocks. None when it is an object already: a replay comes to it again after the death of the
+    process, and other files may share that object by then."""
+    if os.fstat(replica.fd).st_nlink > 1:
+        return None
     for start, end, source in pieces:
         if isinstance(source, Chunk):
             replica.write(bytes(source.cut(start, end)), start)

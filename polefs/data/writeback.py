@@ -211,12 +211,14 @@ class WriteBack:
         written.append(Segment(number, sum(length for length, _ in checks), checks))
 
     async def _adopt(self, plan: _Plan, written: list[Segment]) -> None:
-        """Give the store the replica itself; where it cannot take it, the contents are packed like others."""
+        """Give the store the replica itself; where that cannot be, the contents are packed like others."""
         replica = plan.adopt
         assert replica is not None
         async with self._slots:
             loop = asyncio.get_running_loop()
             checks = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
+            if checks is None:
+                return
             (number,) = await self.ids.take(1)
             if await self._objects.adopt(segment_key(number), replica.path):
                 plan.extents = [Extent(0, plan.size, number, 0)]

@@ -227,8 +227,9 @@ class Server:
     def abort(self) -> None:
         """Cut the connection between kernel and server: every request fails at once. Safe from any thread."""
         self.aborted = True
-        if self._connection is None:
-            return
+        line = find_mount(self.mountpoint)
+        if line is None or line.minor != self._connection:
+            return  # the connection has ended, and its number may be another mount's by now
         try:
             (FUSECTL / str(self._connection) / "abort").write_text("1")
         except FileNotFoundError:

@@ -178,8 +178,8 @@ def test_a_file_may_have_16_tib(tmp_path: Path) -> None:
             assert await volume.read(ino, (8 << 40) - 2, 10) == b"\0\0middle\0\0"
             assert await volume.read(ino, size - 5, 100) == b"\0\0end"
             assert await volume.seek(ino, 0, os.SEEK_DATA) == 8 << 40
-            assert await volume.seek(ino, 8 << 40, os.SEEK_HOLE) == (8 << 40) + 6
-            assert await volume.seek(ino, (8 << 40) + 6, os.SEEK_DATA) == size - 3
+            assert await volume.seek(ino, 8 << 40, os.SEEK_HOLE) == (8 << 40) + 4096
+            assert await volume.seek(ino, (8 << 40) + 4096, os.SEEK_DATA) == (size - 3) & -4096
             await volume.files.flush()
         with pytest.raises(OSError) as caught:
             await volume.write(ino, FILE_SIZE_MAX - 1, b"xx")
@@ -206,8 +206,8 @@ def test_seek_and_fallocate(tmp_path: Path, flushed: bool) -> None:
         await step()
         await volume.fallocate(ino, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 100_000, 50_000)
         await step()
-        assert await volume.seek(ino, 0, os.SEEK_HOLE) == 100_000
-        assert await volume.seek(ino, 100_000, os.SEEK_DATA) == 150_000
+        assert await volume.seek(ino, 0, os.SEEK_HOLE) == 25 * 4096
+        assert await volume.seek(ino, 25 * 4096, os.SEEK_DATA) == 36 * 4096
         assert await volume.seek(ino, 150_000, os.SEEK_HOLE) == 300_000
         assert (await volume.inode(ino)).allocated == 250_000
         for whence in (os.SEEK_DATA, os.SEEK_HOLE):
@@ -225,7 +225,7 @@ def test_seek_and_fallocate(tmp_path: Path, flushed: bool) -> None:
         await step()
         assert (await volume.inode(ino)).size == 400_000
         with pytest.raises(OSError) as caught:
-            await volume.seek(ino, 280_000, os.SEEK_DATA)
+            await volume.seek(ino, 69 * 4096, os.SEEK_DATA)
         assert caught.value.errno == errno.ENXIO
         assert await volume.read(ino, 279_998, 4) == b"xx\0\0"
 
@@ -284,6 +284,26 @@ def test_an_old_journal_does_not_undo_a_copy(tmp_path: Path) -> None:
     use(tmp_path, work)
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_replay_leaves_an_adopted_replica_alone(tmp_path: Path, truncate: bool) -> None:
+    """It has become an object, which another file shares: what is written afterwards must not go into it."""
+
+    async def work(volume: Volume) -> None:
+        source, target = await volume.make(b"s"), await volume.make(b"t")
+        data = os.urandom(3 * MIB)
+        await volume.write(source, 0, data)
+        assert await volume.copy(source, 0, target, 0, len(data)) == len(data)
+        if truncate:
+            await volume.truncate(source, 2 * MIB)
+        else:
+            await volume.write(source, 0, b"later")
+        await volume.crash()
+        assert await volume.read(target) == data
+        assert await volume.read(source) == (data[: 2 * MIB] if truncate else b"later" + data[5:])
+
+    use(tmp_path, work)
+
+
 # Durability
 
 
@@ -329,7 +349,7 @@ def test_many_extents_are_committed_in_steps(tmp_path: Path, base: int, failing:
         assert await volume.read(ino) == content
         await volume.crash()
         assert await volume.read(ino) == content
-        assert await volume.seek(ino, 1_995_001, os.SEEK_HOLE) == 1_995_010
+        assert await volume.seek(ino, 1_995_001, os.SEEK_HOLE) == 2_000_010
 
     use(tmp_path, work)
 
@@ -412,6 +432,59 @@ def test_sync_makes_journal_and_replica_durable_in_one_go(tmp_path: Path, monkey
             await asyncio.gather(*(volume.files.sync(small, True) for _ in range(10)))
             # The first goes at once, all who come meanwhile share the next.
             assert len(synced) <= 4
+
+    use(tmp_path, work)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_sync_of_a_committed_file_makes_durable_what_the_journal_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
+) -> None:
+    """A replay of half of it would bring back what was there before."""
+    synced: list[str] = []
+    real = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")).partition(".")[0])
+        real(fd)
+
+    async def work(volume: Volume) -> None:
+        source, ino = await volume.make(b"s"), await volume.make(b"f")
+        await volume.write(ino, 0, b"old" * 100_000)
+        await volume.files.sync(ino, False)
+        await volume.write(ino, 0, b"new" * 50_000)
+        if copied:
+            await volume.write(source, 0, b"src" * 50_000)
+            assert await volume.copy(source, 0, ino, 0, 150_000) == 150_000
+        else:
+            await volume.files.flush(ino)
+        await volume.meta.sync()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", fdatasync)
+            await volume.files.sync(ino, False)
+            assert synced == [str(ino), "journal"]
+            await volume.files.sync(ino, False)
+            await volume.files.flush()
+            del synced[:]
+            await volume.files.sync(ino, False)
+            assert synced == []
+
+    use(tmp_path, work)
+
+
+def test_failed_rounds_do_not_gather_empty_journals(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"x" * 100_000)
+        volume.dying_meta.methods, volume.dying_meta.permanent = {"commit_data"}, True
+        volume.dying_meta.error, volume.dying_meta.countdown = OSError(errno.ENOSPC, "full"), 1
+        for _ in range(5):
+            with pytest.raises(OSError, match="full"):
+                await volume.files.flush()
+        paths = [volume.path / "local" / name for name in volume.local() if name.startswith("journal")]
+        assert sum(path.stat().st_blocks * 512 for path in paths) < 40 * MIB
+        volume.dying_meta.countdown = None
+        await volume.files.flush()
 
     use(tmp_path, work)
 
