@@ -2,6 +2,5 @@
 
 from polefs.client.atime import AccessTimes
 from polefs.client.filesystem import PoleFileSystem
-from polefs.client.space import VolumeSpace
 
-__all__ = ["AccessTimes", "PoleFileSystem", "VolumeSpace"]
+__all__ = ["AccessTimes", "PoleFileSystem"]

@@ -21,6 +21,8 @@ DAY = 86_400 * 10**9
 COMMIT_AFTER = 1.0
 """Seconds from the first pending access time to its commit."""
 MOST_PENDING = 4096
+AT_ONCE = 256
+"""Inodes of one transaction: rows with inline contents are written whole."""
 
 
 class AccessTimes:
@@ -69,10 +71,12 @@ class AccessTimes:
         pending, self._pending = self._pending, {}
         if not pending:
             return
+        times = list(pending.items())
         try:
-            await self._meta.touch_atime(list(pending.items()))
+            for start in range(0, len(times), AT_ONCE):
+                await self._meta.touch_atime(times[start : start + AT_ONCE])
         except OSError as error:
-            log.warning("access times of %d inodes were not saved: %s", len(pending), error.strerror)
+            log.warning("access times were not saved: %s", error.strerror)
 
     async def close(self) -> None:
         await self.commit()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from time import time_ns
 
 from polefs.client.atime import AccessTimes
@@ -17,6 +18,7 @@ from polefs.client.space import VolumeSpace
 from polefs.data.files import FileStore
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import BLOCK, Caller, Inode, SetAttr
+from polefs.objects.directory import Space
 from rawfuse import (
     FOREVER,
     Attributes,
@@ -60,18 +62,21 @@ class PoleFileSystem(FileSystem):
     # A volume has one mount: nothing changes behind the kernel's back, so its caches need no re-checking.
     unwanted = InitFlag.AUTO_INVAL_DATA
 
-    def __init__(self, meta: MetaAPI, files: FileStore, space: VolumeSpace, times: AccessTimes) -> None:
+    def __init__(
+        self, meta: MetaAPI, files: FileStore, backing: Callable[[], Awaitable[Space]], times: AccessTimes
+    ) -> None:
+        """``backing`` tells how full the place of the objects is."""
         self._meta = meta
         self._files = files
-        self._space = space
         self._times = times
         self._orphans = Orphans(meta, files)
+        self._space = VolumeSpace(meta, files, self._orphans, backing)
 
     def end_of_burst(self) -> None:
         self._meta.end_turn()
 
     async def destroy(self, op: ops.Destroy | None = None) -> None:
-        await self._orphans.close()
+        await self._orphans.release()
         await self._times.close()
 
     # Replies

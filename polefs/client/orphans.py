@@ -88,7 +88,8 @@ class Orphans:
         finally:
             self._release = None
 
-    async def close(self) -> None:
+    async def release(self) -> None:
+        """Release what has been gathered, now."""
         self._start_release()
         if self._release is not None:
-            await self._release
+            await asyncio.shield(self._release)

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 
+from polefs.client.orphans import Orphans
 from polefs.data.files import FileStore
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import NAME_MAX
@@ -35,9 +36,12 @@ ENTRY = 8 << 10
 class VolumeSpace:
     """How full a volume is: the smaller of what its own limits and the place of its objects leave."""
 
-    def __init__(self, meta: MetaAPI, files: FileStore, backing: Callable[[], Awaitable[Space]]) -> None:
+    def __init__(
+        self, meta: MetaAPI, files: FileStore, orphans: Orphans, backing: Callable[[], Awaitable[Space]]
+    ) -> None:
         self._meta = meta
         self._files = files
+        self._orphans = orphans
         self._backing = backing
         self._reserve = 0
         self._room = 0
@@ -92,6 +96,7 @@ class VolumeSpace:
 
     async def _make_room(self) -> None:
         try:
+            await self._orphans.release()
             await self._files.make_room()
         except OSError as error:
             log.warning("no room could be made: %s", error)

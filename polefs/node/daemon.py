@@ -18,7 +18,7 @@ from typing import TextIO
 import uvloop
 
 from polefs import __version__
-from polefs.client import AccessTimes, PoleFileSystem, VolumeSpace
+from polefs.client import AccessTimes, PoleFileSystem
 from polefs.node import control
 from polefs.node.errors import Refusal, plain
 from polefs.node.fuse import check_fuse, explain
@@ -80,9 +80,8 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
             default_permissions=True,
             flags=request.flags,
         )
-        space = VolumeSpace(storage.meta, storage.files, storage.objects.space)
         times = AccessTimes(storage.meta, request.atime, directories=request.directory_atime)
-        filesystem = PoleFileSystem(storage.meta, storage.files, space, times)
+        filesystem = PoleFileSystem(storage.meta, storage.files, storage.objects.space, times)
         session = Session(filesystem, request.mountpoint, options, trace=trace)
         mounted = MountedVolume(volume, request, storage, session)
         try:

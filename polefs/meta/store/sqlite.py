@@ -36,6 +36,9 @@ _WAL_ROWS = 24_000
 """Changed rows after which the write-ahead log is copied back: some 32 MiB of it at most. When three times as many more
 come while that goes on, writes wait for its end."""
 
+_PLACE_PER_ROW = 32 << 10
+"""Bytes of the database's file system for each such row."""
+
 _COMMIT_ROWS = 500
 """Changed rows after which the transaction commits. The loop stands still for that: 3 ms when each row is in another
 page."""
@@ -96,7 +99,8 @@ class SqliteStore:
         self._changes_before = 0
         self._gate: asyncio.Future[None] | None = None
         self._checkpoint: asyncio.Task[None] | None = None
-        self._checkpoint_at = _WAL_ROWS
+        self._checkpoint_rows = _checkpoint_rows(path)
+        self._checkpoint_at = self._checkpoint_rows
 
     @classmethod
     def create(cls, path: str, *, name: str, bytes_limit: int = 0, inodes_limit: int = 0) -> SqliteStore:
@@ -355,7 +359,7 @@ class SqliteStore:
             loop = asyncio.get_running_loop()
             if self._checkpoint is None:
                 self._checkpoint = loop.create_task(self._run_checkpoint(wal))
-            elif self._gate is None and self._tx.changes >= self._checkpoint_at + 3 * _WAL_ROWS:
+            elif self._gate is None and self._tx.changes >= self._checkpoint_at + 3 * self._checkpoint_rows:
                 self._gate = loop.create_future()
 
     def _stop_timer(self) -> None:
@@ -426,7 +430,7 @@ class SqliteStore:
             if gate is not None:
                 gate.set_result(None)
             self._checkpoint = None
-            self._checkpoint_at = self._tx.changes + _WAL_ROWS
+            self._checkpoint_at = self._tx.changes + self._checkpoint_rows
 
     # Durability and the end
 
@@ -487,3 +491,9 @@ class SqliteStore:
         self._execute("COMMIT")
         self._open = False
         return True
+
+
+def _checkpoint_rows(path: str) -> int:
+    """Changed rows after which the log is copied back: fewer where the place is small, or the log would fill it."""
+    found = os.statvfs(os.path.dirname(path) or ".")
+    return max(1000, min(_WAL_ROWS, found.f_blocks * found.f_frsize // _PLACE_PER_ROW))
