@@ -59,30 +59,15 @@ def fixed_and_name(op_type: OpFactory, structure: str, *, extended: bool = False
     return decode
 
 
-def _pairs(item: Codec, data: memoryview) -> list[tuple[int, int]]:
-    return [(first, second) for first, second in item.struct.iter_unpack(data)]
-
-
-def batch_forget() -> Decoder:
-    head, item = Codec("fuse_batch_forget_in"), Codec("fuse_forget_one")
+def counted(op_type: OpFactory, head_structure: str, item_structure: str) -> Decoder:
+    """A structure that holds a count, then so many pairs."""
+    head, item = Codec(head_structure), Codec(item_structure)
 
     def decode(message: InMessage) -> ops.Op:
         (count,) = message.take(head)
         data = message.payload(count * item.size)
         message.finish()
-        return ops.BatchForget(*message.origin, _pairs(item, data))
-
-    return decode
-
-
-def remove_mapping() -> Decoder:
-    head, item = Codec("fuse_removemapping_in"), Codec("fuse_removemapping_one")
-
-    def decode(message: InMessage) -> ops.Op:
-        (count,) = message.take(head)
-        data = message.payload(count * item.size)
-        message.finish()
-        return ops.RemoveMapping(*message.origin, _pairs(item, data))
+        return op_type(*message.origin, list(item.struct.iter_unpack(data)))
 
     return decode
 

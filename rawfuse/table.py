@@ -214,7 +214,14 @@ _ROWS: dict[Opcode, tuple[type[ops.Op], str, Decoder, Any, int, bool]] = {
         True,
     ),
     Opcode.NOTIFY_REPLY: (ops.NotifyReply, "", decode.notify_reply(), None, 0, False),
-    Opcode.BATCH_FORGET: (ops.BatchForget, "batch_forget", decode.batch_forget(), None, 0, False),
+    Opcode.BATCH_FORGET: (
+        ops.BatchForget,
+        "batch_forget",
+        decode.counted(ops.BatchForget, "fuse_batch_forget_in", "fuse_forget_one"),
+        None,
+        0,
+        False,
+    ),
     Opcode.FALLOCATE: (
         ops.Fallocate,
         "fallocate",
@@ -259,7 +266,7 @@ _ROWS: dict[Opcode, tuple[type[ops.Op], str, Decoder, Any, int, bool]] = {
     Opcode.REMOVEMAPPING: (
         ops.RemoveMapping,
         "remove_mapping",
-        decode.remove_mapping(),
+        decode.counted(ops.RemoveMapping, "fuse_removemapping_in", "fuse_removemapping_one"),
         encode.empty,
         errno.EOPNOTSUPP,
         False,
