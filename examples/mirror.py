@@ -1,10 +1,11 @@
 """An existing directory, shown again.
 
-python -m examples.mirror [--ttl SECONDS] SOURCE MOUNTPOINT
+python -m examples.mirror [--ttl SECONDS] [--no-passthrough] SOURCE MOUNTPOINT
 
 Each inode that the kernel knows is held by an O_PATH descriptor, so renames and removals on either side do not matter.
 The limit of open descriptors (EMFILE beyond it) so bounds how many the kernel may know at a time.
-What changes in SOURCE by other ways is seen after ``--ttl`` seconds. Locks are the mount's own.
+What changes in SOURCE by other ways is seen after ``--ttl`` seconds. Locks are the mount's own. As root the kernel
+reads and writes open files by itself (passthrough).
 """
 
 from __future__ import annotations
@@ -111,12 +112,14 @@ def _kind(entry: os.DirEntry[str]) -> int:
 
 class Mirror(FileSystem):
     """``source``: the directory; ``ttl``: nanoseconds for which the kernel may keep names and attributes. A handle is a
-    descriptor."""
+    descriptor, which is its backing file too."""
 
-    features = InitFlag.POSIX_ACL | InitFlag.DONT_MASK | InitFlag.HANDLE_KILLPRIV_V2
+    features = InitFlag.POSIX_ACL | InitFlag.DONT_MASK | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.PASSTHROUGH
 
-    def __init__(self, source: str, ttl: int) -> None:
+    def __init__(self, source: str, ttl: int, passthrough: bool = True) -> None:
         self.ttl = ttl
+        if not passthrough:
+            self.unwanted = InitFlag.PASSTHROUGH
         fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
         status = os.fstat(fd)
         root = Node(ROOT_ID, fd, (status.st_dev, status.st_ino))
@@ -287,7 +290,7 @@ class Mirror(FileSystem):
         fd = os.open(node.path, _open_flags(op.flags))
         if op.open_flags & OpenInFlag.KILL_SUIDGID:
             _drop_set_ids(node)
-        return OpenedFile(fd)
+        return OpenedFile(fd, backing=fd)
 
     async def create_file(self, op: ops.CreateFile) -> tuple[Entry, OpenedFile]:
         os.umask(op.umask)
@@ -318,7 +321,7 @@ class Mirror(FileSystem):
                 os.fchmod(fd, stat.S_IMODE(mode))
 
     def _opened(self, fd: int) -> tuple[Entry, OpenedFile]:
-        return self._adopt(os.open(f"/proc/self/fd/{fd}", os.O_PATH)), OpenedFile(fd)
+        return self._adopt(os.open(f"/proc/self/fd/{fd}", os.O_PATH)), OpenedFile(fd, backing=fd)
 
     async def release_file_handle(self, op: ops.ReleaseFileHandle) -> None:
         os.close(op.fh)
@@ -461,6 +464,7 @@ def _allow_descriptors() -> None:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source")
     parser.add_argument("--ttl", type=float, default=1, metavar="SECONDS", help="for names and attributes (1)")
+    parser.add_argument("--no-passthrough", action="store_true", help="serve every READ and WRITE here")
 
 
 def _make(arguments: argparse.Namespace) -> Mirror:
@@ -468,7 +472,7 @@ def _make(arguments: argparse.Namespace) -> Mirror:
     if mountpoint.is_relative_to(source):
         raise FuseError(errno.EINVAL, f"{mountpoint} lies in {source}: the mirror would look into itself")
     _allow_descriptors()
-    return Mirror(str(source), int(arguments.ttl * SECOND))
+    return Mirror(str(source), int(arguments.ttl * SECOND), not arguments.no_passthrough)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 
 from rawfuse._kernel import ffi, lib
-from rawfuse.abi import DEV_IOC_SYNC_INIT
+from rawfuse.abi import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN, DEV_IOC_SYNC_INIT
 from rawfuse.errors import FuseError
 from rawfuse.negotiate import PAGE
 from rawfuse.wire import Codec
 
 PATH = "/dev/fuse"
+_BACKING_MAP = Codec("fuse_backing_map")
 _WRITE_PAYLOAD = Codec("fuse_in_header").size + Codec("fuse_write_in").size
 
 
@@ -71,6 +73,23 @@ class Device:
             return int(lib.rawfuse_write(self.fd, message, len(message)))
         try:
             return os.writev(self.fd, message)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+    def open_backing(self, fd: int) -> int:
+        """Register a regular file for passthrough, which the kernel holds open from then on; its id, or ``-errno``:
+        EPERM (PASSTHROUGH not agreed, no CAP_SYS_ADMIN in the initial user namespace), EINVAL, EISDIR, EBADF, ELOOP (on
+        a file system stacked too deep for ``Settings.max_stack_depth``)."""
+        try:
+            # The id is told only where the argument is mutable: from bytes a copy comes back.
+            return int(fcntl.ioctl(self.fd, DEV_IOC_BACKING_OPEN, bytearray(_BACKING_MAP.pack(fd, 0))))
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+    def close_backing(self, backing_id: int) -> int:
+        """Give a backing file up. 0 or ``-errno``: ENOENT when there is no such id."""
+        try:
+            return int(fcntl.ioctl(self.fd, DEV_IOC_BACKING_CLOSE, bytearray(backing_id.to_bytes(4, sys.byteorder))))
         except OSError as error:
             return -(error.errno or errno.EIO)
 

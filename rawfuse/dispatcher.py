@@ -18,6 +18,7 @@ from typing import Any
 
 from rawfuse import ops
 from rawfuse.abi import InitFlag, Opcode
+from rawfuse.backing import BackingFiles
 from rawfuse.decode import Decoder
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.encode import Encoder, Message
@@ -197,6 +198,8 @@ class Dispatcher:
         self._trace = trace
         self._rows = _rows(filesystem, agreement)
         self._rows[Opcode.INTERRUPT].handler = self._interrupt
+        if agreement.flags & InitFlag.PASSTHROUGH:
+            _choose_modes(self._rows, BackingFiles(device))
         if notifier is not None:
             self._rows[Opcode.NOTIFY_REPLY].handler = _deliver_to(notifier)
         self._buffer_size = agreement.buffer_size
@@ -453,6 +456,19 @@ def _rows(filesystem: FileSystem, agreement: Agreement) -> dict[int, Row]:
             handler = _done
         rows[int(opcode)] = Row(int(opcode), row.decode, handler, row.encode, row.default, row.interruptible)
     return rows
+
+
+def _choose_modes(rows: dict[int, Row], files: BackingFiles) -> None:
+    """Have every handle served in a way that goes with the others of its inode."""
+    for opcode, choose in (
+        (Opcode.OPEN, files.opening),
+        (Opcode.CREATE, files.creating),
+        (Opcode.TMPFILE, files.creating),
+        (Opcode.RELEASE, files.releasing),
+    ):
+        handler = rows[opcode].handler
+        if handler is not None:
+            rows[opcode].handler = choose(handler)
 
 
 _BUILT_IN = ("stat_fs", "forget_inode", "batch_forget", "destroy")

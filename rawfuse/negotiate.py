@@ -15,6 +15,7 @@ from typing import NamedTuple
 from rawfuse.abi import KERNEL_MAJOR, KERNEL_MINOR, OLDEST_MINOR, InitFlag, Opcode
 from rawfuse.errors import FuseError
 from rawfuse.filesystem import FileSystem
+from rawfuse.mount import privileged
 from rawfuse.ops import Init
 from rawfuse.wire import Codec
 
@@ -27,12 +28,13 @@ _MASK32 = 0xFFFFFFFF
 
 class Feature(NamedTuple):
     """``served``: the library can keep what the flag promises. ``needs``: opcodes that the file system must implement;
-    ``requires`` and ``excludes``: other flags."""
+    ``requires`` and ``excludes``: other flags; ``privileged``: CAP_SYS_ADMIN is needed."""
 
     served: bool
     needs: tuple[Opcode, ...] = ()
     requires: InitFlag = InitFlag(0)
     excludes: InitFlag = InitFlag(0)
+    privileged: bool = False
 
 
 _ON = Feature(True)
@@ -57,7 +59,7 @@ FEATURES: dict[InitFlag, Feature] = {
     _F.DO_READDIRPLUS: Feature(True, (Opcode.READDIRPLUS,)),
     _F.READDIRPLUS_AUTO: Feature(True, (Opcode.READDIR, Opcode.READDIRPLUS), requires=_F.DO_READDIRPLUS),
     _F.ASYNC_DIO: _ON,
-    _F.WRITEBACK_CACHE: Feature(True, excludes=_F.PASSTHROUGH),
+    _F.WRITEBACK_CACHE: _ON,
     _F.NO_OPEN_SUPPORT: _ON,
     _F.PARALLEL_DIROPS: _ON,
     _F.HANDLE_KILLPRIV: Feature(True, excludes=_F.HANDLE_KILLPRIV_V2),
@@ -78,7 +80,7 @@ FEATURES: dict[InitFlag, Feature] = {
     _F.CREATE_SUPP_GROUP: _ON,
     _F.HAS_EXPIRE_ONLY: _ON,
     _F.DIRECT_IO_ALLOW_MMAP: _ON,
-    _F.PASSTHROUGH: _OFF,
+    _F.PASSTHROUGH: Feature(True, (Opcode.OPEN,), excludes=_F.WRITEBACK_CACHE, privileged=True),
     _F.NO_EXPORT_SUPPORT: _ON,
     _F.HAS_RESEND: _ON,
     _F.ALLOW_IDMAP: _ON,
@@ -128,8 +130,15 @@ class Settings:
     busy_poll: int = 50_000
     """Nanoseconds for which the reader looks for the next request before it sleeps, while requests come that fast: the
     reply to a program that asks one thing after another then costs no wake-up. 0: sleep at once."""
+    max_stack_depth: int = 1
+    """For PASSTHROUGH: 1, or 2 to have backing files on a stacked file system (overlayfs) too; what is stacked on this
+    mount in turn has one layer less then."""
     refuse: InitFlag = _NONE
     """Features to leave out although they are wanted."""
+
+    def __post_init__(self) -> None:
+        if self.max_stack_depth not in (1, 2):
+            raise ValueError(f"max_stack_depth is 1 or 2, not {self.max_stack_depth}")
 
 
 @dataclass
@@ -205,6 +214,8 @@ def _objection(
         return f"it needs {(requires & ~(wanted & offered)).name}"
     if feature.excludes & wanted:
         return f"it excludes {(feature.excludes & wanted).name}"
+    if feature.privileged and not privileged():
+        return "it needs CAP_SYS_ADMIN"
     return None
 
 
@@ -223,7 +234,7 @@ def encode_init(agreement: Agreement, settings: Settings) -> bytes:
         agreement.max_pages if agreement.flags & InitFlag.MAX_PAGES else 0,
         0,
         flags >> 32,
-        0,
+        settings.max_stack_depth if agreement.flags & InitFlag.PASSTHROUGH else 0,
         settings.request_timeout,
     )
 

@@ -65,10 +65,17 @@ class AttributesReply(msgspec.Struct, gc=False):
 
 
 class OpenedFile(msgspec.Struct, gc=False):
-    """An open handle. ``flags``: ``OpenFlag``; ``backing_id`` belongs to ``OpenFlag.PASSTHROUGH``."""
+    """An open handle, a new object each time. ``flags``: ``OpenFlag`` without PASSTHROUGH.
+
+    ``backing``: a descriptor, open until the handler has returned, of a regular file that holds the same bytes at the
+    same offsets; where PASSTHROUGH was agreed the kernel then serves READ, WRITE and mmap from that file. It depends on
+    the other handles of the inode (``rawfuse.backing``), so what was chosen is told here: the library sets
+    ``backing_id``, not 0 in passthrough, and ``flags``, which with a backing id and DIRECT_IO mean that READ and WRITE
+    are sent and only mmap is passed through."""
 
     fh: int = 0
     flags: int = 0
+    backing: int = -1
     backing_id: int = 0
 
 

@@ -99,6 +99,32 @@ def test_exclusions() -> None:
     assert "HANDLE_KILLPRIV_V2" in agreed.refused[InitFlag.HANDLE_KILLPRIV]
 
 
+def test_passthrough_yields_to_write_back() -> None:
+    agreed = negotiate(init(), Wishes(InitFlag.PASSTHROUGH | InitFlag.WRITEBACK_CACHE), Settings())
+    assert agreed.flags & InitFlag.WRITEBACK_CACHE
+    assert "WRITEBACK_CACHE" in agreed.refused[InitFlag.PASSTHROUGH]
+
+
+def test_passthrough_needs_privilege(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rawfuse.negotiate.privileged", lambda: False)
+    agreed = negotiate(init(), Wishes(InitFlag.PASSTHROUGH), Settings())
+    assert agreed.flags == DEFAULT
+    assert "CAP_SYS_ADMIN" in agreed.refused[InitFlag.PASSTHROUGH]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_passthrough_names_a_stack_depth(depth: int) -> None:
+    for wanted in InitFlag.PASSTHROUGH, InitFlag(0):
+        settings = Settings(max_stack_depth=depth)
+        body = encode_init(negotiate(init(), Wishes(wanted), settings), settings)
+        assert struct.unpack_from("=I", body, 36) == (depth if wanted else 0,)
+
+
+def test_stack_depths_that_the_kernel_would_ignore() -> None:
+    with pytest.raises(ValueError, match="1 or 2"):
+        Settings(max_stack_depth=3)
+
+
 @given(st.integers(0, ALL), st.integers(0, ALL), st.integers(0, ALL), st.booleans())
 def test_any_wishes_and_offers(offered: int, wanted: int, refused: int, everything: bool) -> None:
     filesystem = Everything() if everything else FileSystem()

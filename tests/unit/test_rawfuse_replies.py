@@ -110,9 +110,9 @@ def test_opened() -> None:
     flags = OpenFlag.KEEP_CACHE | OpenFlag.DIRECT_IO
     expected = struct.pack("=QIi", 77, 3, -5)
     for opcode in (Opcode.OPEN, Opcode.OPENDIR):
-        assert body_of(opcode, OpenedFile(77, flags, -5)) == expected
+        assert body_of(opcode, OpenedFile(77, flags, backing_id=-5)) == expected
     for opcode in (Opcode.CREATE, Opcode.TMPFILE):
-        assert body_of(opcode, (FULL_ENTRY, OpenedFile(77, flags, -5))) == ENTRY + expected
+        assert body_of(opcode, (FULL_ENTRY, OpenedFile(77, flags, backing_id=-5))) == ENTRY + expected
 
 
 def test_statfs() -> None:

@@ -1,0 +1,145 @@
+"""Passthrough: files whose bytes the kernel reads and writes itself, in a backing file that the file system names.
+
+The kernel keeps three ways of serving an inode apart (``fs/fuse/iomode.c``): through its page cache, with direct I/O,
+and from one backing file. It fails an open that does not go with the handles already there with EIO, so the modes are
+chosen here: the first handle of an inode decides, and the others follow until all are released.
+
+========================== =================================== ==========================================
+open already               the handler gives ``backing``       it gives none
+========================== =================================== ==========================================
+nothing                    passthrough                         as its flags say
+handles in passthrough     passthrough, the same backing file  READ and WRITE are sent, mmap is passed on
+other handles              as its flags say                    as its flags say
+========================== =================================== ==========================================
+
+Direct handles alone would let the kernel begin passthrough, but not once one of them is mapped, which nobody tells us.
+
+What is counted here is never less than what the kernel counts: a handle counts from its reply until its RELEASE, which
+the kernel sends after it has let go. So what is allowed by this count is allowed by the kernel's.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from rawfuse import ops
+from rawfuse.abi import OpenFlag
+from rawfuse.device import Device
+from rawfuse.replies import Entry, OpenedFile
+
+log = logging.getLogger("rawfuse")
+
+_COMPANIONS = OpenFlag.DIRECT_IO | OpenFlag.PARALLEL_DIRECT_WRITES | OpenFlag.NOFLUSH
+"""What may stand beside PASSTHROUGH (``iomode.c: FOPEN_PASSTHROUGH_MASK``)."""
+
+_STREAMS = OpenFlag.NONSEEKABLE | OpenFlag.STREAM
+"""Handles without positions, which a backing file cannot serve."""
+
+_HOPELESS = (errno.EPERM, errno.ENOTTY)
+"""Errors of BACKING_OPEN that every further one will give: no CAP_SYS_ADMIN, a kernel without passthrough."""
+
+Handler = Callable[[Any], Coroutine[Any, Any, Any]]
+
+
+class _Inode:
+    """An inode with open handles. ``id`` 0: not in passthrough. ``file``: device and number of its backing file."""
+
+    __slots__ = ("file", "handles", "id")
+
+    def __init__(self) -> None:
+        self.handles = 0
+        self.id = 0
+        self.file = (0, 0)
+
+
+class BackingFiles:
+    """The open inodes of a session that agreed on PASSTHROUGH, and their backing files. A backing file is registered
+    with the kernel at the first open and given up after the last RELEASE: two registrations of one file are two backing
+    files to the kernel, which it does not mix."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._inodes: dict[int, _Inode] = {}
+        self._complained: set[int] = set()
+
+    def opened(self, nodeid: int, opened: OpenedFile) -> None:
+        """Choose how a new handle is served and write it into ``opened``: ``flags`` and ``backing_id``."""
+        flags = opened.flags & ~OpenFlag.PASSTHROUGH
+        positioned = not flags & _STREAMS
+        inode = self._inodes.get(nodeid)
+        if inode is None:
+            inode = self._inodes[nodeid] = _Inode()
+            if opened.backing >= 0 and positioned:
+                self._register(inode, opened.backing)
+        inode.handles += 1
+        opened.backing_id = inode.id
+        if inode.id:
+            flags = flags & _COMPANIONS | OpenFlag.PASSTHROUGH
+            if opened.backing < 0 or not positioned or _identity(opened.backing) != inode.file:
+                flags |= OpenFlag.DIRECT_IO
+        opened.flags = int(flags)
+
+    def released(self, nodeid: int) -> None:
+        """A handle has been released, or never reached the kernel."""
+        inode = self._inodes.get(nodeid)
+        if inode is None:
+            return
+        inode.handles -= 1
+        if inode.handles == 0:
+            del self._inodes[nodeid]
+            if inode.id:
+                self._device.close_backing(inode.id)
+
+    def _register(self, inode: _Inode, fd: int) -> None:
+        """Without success the inode is served as if no backing file had been given."""
+        if self._complained.intersection(_HOPELESS):
+            return
+        result = self._device.open_backing(fd)
+        if result > 0:
+            inode.id, inode.file = result, _identity(fd)
+        elif -result not in self._complained:
+            self._complained.add(-result)
+            log.warning("no passthrough: BACKING_OPEN: %s", os.strerror(-result))
+
+    # Handlers with the choice built in: what they return is ready to be encoded.
+
+    def opening(self, handler: Handler) -> Handler:
+        """For OPEN."""
+
+        async def open_file(op: ops.OpenFile) -> Any:
+            opened = await handler(op)
+            if isinstance(opened, OpenedFile):
+                self.opened(op.nodeid, opened)
+            return opened
+
+        return open_file
+
+    def creating(self, handler: Handler) -> Handler:
+        """For CREATE and TMPFILE."""
+
+        async def create_file(op: ops.CreateFile) -> Any:
+            created = await handler(op)
+            match created:
+                case (Entry(), OpenedFile()):
+                    self.opened(created[0].nodeid, created[1])
+            return created
+
+        return create_file
+
+    def releasing(self, handler: Handler) -> Handler:
+        """For RELEASE."""
+
+        async def release_file_handle(op: ops.ReleaseFileHandle) -> Any:
+            self.released(op.nodeid)
+            return await handler(op)
+
+        return release_file_handle
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
