@@ -18,7 +18,7 @@ from polefs.client.space import VolumeSpace
 from polefs.data.files import FileStore
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import BLOCK, Caller, Inode, SetAttr
-from polefs.objects.directory import Space
+from polefs.objects.base import Space
 from rawfuse import (
     FOREVER,
     Attributes,

@@ -15,7 +15,7 @@ from polefs.client.orphans import Orphans
 from polefs.data.files import FileStore
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import NAME_MAX
-from polefs.objects.directory import Space
+from polefs.objects.base import Space
 from rawfuse import FileSystemStatus
 
 log = logging.getLogger(__name__)

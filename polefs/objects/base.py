@@ -17,6 +17,20 @@ class ObjectInfo(msgspec.Struct, frozen=True):
     size: int
 
 
+class Space(msgspec.Struct, frozen=True):
+    """Room in a store (statvfs): bytes and inodes, in all, free, and free for unprivileged users."""
+
+    bytes_total: int
+    bytes_free: int
+    bytes_available: int
+    files_total: int
+    files_free: int
+
+
+UNLIMITED = Space(1 << 50, 1 << 50, 1 << 50, 1 << 40, 1 << 40)
+"""Of a store that has no limit of its own: 1 PiB, which programs that add and multiply such numbers can bear."""
+
+
 class ObjectStore(Protocol):
     """Failures are ``OSError``: ENOENT for a missing key, ENOSPC, EIO … as the store reports them."""
 
@@ -44,6 +58,10 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """All objects whose keys start with ``prefix``, in no particular order."""
+        ...
+
+    async def space(self) -> Space:
+        """How much it holds and can still take."""
         ...
 
     async def close(self) -> None: ...

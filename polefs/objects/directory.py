@@ -12,9 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-import msgspec
-
-from polefs.objects.base import ObjectInfo
+from polefs.objects.base import ObjectInfo, Space
 from polefs.objects.localio import read_available, read_cached, sync_directory, write_parts
 
 T = TypeVar("T")
@@ -26,17 +24,6 @@ _OPEN_MAX: Final = 128
 """Descriptors of objects kept open for reading."""
 
 _LIST_PAGE: Final = 1000
-
-
-class Space(msgspec.Struct, frozen=True):
-    """Space of the underlying file system (statvfs): bytes and inodes, in all, free, and free for unprivileged
-    users."""
-
-    bytes_total: int
-    bytes_free: int
-    bytes_available: int
-    files_total: int
-    files_free: int
 
 
 class _Descriptor:

@@ -1,0 +1,43 @@
+"""Running a piece of work on an open ``S3Store``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from polefs.objects.base import ObjectInfo
+from polefs.objects.location import S3Location, parse_url
+from polefs.objects.s3 import S3Store
+from tests.s3.server import REGION, Place
+
+T = TypeVar("T")
+
+TEST_SECONDS = 120.0
+"""After which a test of the store fails instead of hanging."""
+
+
+def location_of(place: Place, **changes: Any) -> S3Location:
+    found = parse_url(place.url, endpoint=place.endpoint, region=REGION, path_style=True)
+    return msgspec.structs.replace(found, **changes)
+
+
+def use(place: Place | S3Location, work: Callable[[S3Store], Awaitable[T]], *, deadline: float = 60.0) -> T:
+    """What ``work`` returns for a store that is open at ``place``."""
+
+    async def main() -> T:
+        location = location_of(place) if isinstance(place, Place) else place
+        async with asyncio.timeout(TEST_SECONDS):
+            store = await S3Store.open(location, deadline=deadline)
+            try:
+                return await work(store)
+            finally:
+                await store.close()
+
+    return asyncio.run(main())
+
+
+async def all_of(found: AsyncIterator[ObjectInfo]) -> dict[str, int]:
+    return {info.key: info.size async for info in found}
