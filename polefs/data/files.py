@@ -16,12 +16,15 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from polefs.data.budget import MemoryBudget
 from polefs.data.dirty import DirtyFiles, Limits
 from polefs.data.durability import JournalLog
 from polefs.data.extentcache import ExtentCache
+from polefs.data.fetch import FramedSegments, PlainSegments, Segments
 from polefs.data.flusher import Flusher
+from polefs.data.frames import Buffer, Codec
 from polefs.data.journal import Journal, journal_name, journal_number
-from polefs.data.reader import Buffer, Reader, seek
+from polefs.data.reader import Reader, seek
 from polefs.data.reclaim import Reclaimer
 from polefs.data.recovery import recover
 from polefs.data.state import FileState
@@ -46,6 +49,9 @@ _COPY_MAX: Final = 8 << 20
 _COPY_STEP: Final = 1 << 20
 _SHARE_ATTEMPTS: Final = 4
 
+_MEMORY: Final = 64 << 20
+"""The budget of contents on their way, unless another is given, bytes."""
+
 
 class FileStore:
     """Call ``recover``, then ``start``; at the end ``close``. ``directory`` is the volume's place for journals and
@@ -64,21 +70,33 @@ class FileStore:
         flush_after: float = 5.0,
         limits: Limits | None = None,
         threads: int = 4,
+        codec: Codec | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
-        """``flush_after``: seconds that a change may stay uncommitted."""
+        """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
+        None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
+        way."""
         self._meta = meta
         self._directory = os.path.abspath(directory)
         self._flush_after = flush_after
         self._threads = ThreadPoolExecutor(threads, "data")
         self._extents = ExtentCache(meta)
-        self._reader = Reader(meta, objects, self._extents, self._threads)
+        self.budget = budget or MemoryBudget(_MEMORY)
+        segments: Segments = (
+            PlainSegments(objects)
+            if codec is None
+            else FramedSegments(meta, objects, codec, self._threads, self.budget)
+        )
+        self._reader = Reader(meta, segments, self._extents, self._threads)
         self._reclaimer = Reclaimer(meta, objects)
         os.makedirs(self._directory, exist_ok=True)
         numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
         self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
         self._dirty = DirtyFiles(self._directory, self._log, limits or Limits())
         self._find = self._dirty.find
-        self._writeback = WriteBack(meta, objects, self._reader, self._threads, self._settled, self._dirty.note_segment)
+        self._writeback = WriteBack(
+            meta, objects, codec, self._reader, self._threads, self._settled, self._dirty.note_segment
+        )
         self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)
 
     # Life

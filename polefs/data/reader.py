@@ -10,13 +10,12 @@ from concurrent.futures import Executor
 from typing import Final
 
 from polefs.data.extentcache import WINDOW, ExtentCache
+from polefs.data.fetch import Segments
+from polefs.data.frames import Buffer
 from polefs.data.ranges import BASE, HOLE, Chunk, Piece
 from polefs.data.state import FileState
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import Extent, Inode
-from polefs.objects.base import ObjectStore, segment_key
-
-Buffer = bytes | memoryview
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _ATTEMPTS: Final = 8
@@ -34,9 +33,9 @@ class Reader:
     """Reads through the layers of a file into its committed contents. Failures are OSError: EIO for contents that the
     meta service tells of and the object store has not, and whatever the local file system reports."""
 
-    def __init__(self, meta: MetaAPI, objects: ObjectStore, cache: ExtentCache, threads: Executor) -> None:
+    def __init__(self, meta: MetaAPI, segments: Segments, cache: ExtentCache, threads: Executor) -> None:
         self._meta = meta
-        self._objects = objects
+        self._segments = segments
         self._cache = cache
         self._threads = threads
 
@@ -96,11 +95,11 @@ class Reader:
                 found.extend(zeros(extent.offset - position))
                 position = extent.offset
             stop = min(extent.offset + extent.length, end)
-            key = segment_key(extent.segment)
-            offset = extent.segment_offset + position - extent.offset
-            data = self._objects.get_now(key, offset, stop - position)
+            first = extent.segment_offset + position - extent.offset
+            last = first + stop - position
+            data = self._segments.read_now(extent.segment, first, last)
             if data is None:
-                waiting.append((len(found), self._objects.get(key, offset, stop - position)))
+                waiting.append((len(found), self._segments.read(extent.segment, first, last)))
             found.append(data)
             position = stop
         if position < end:

@@ -9,6 +9,7 @@ from typing import Final
 import google_crc32c
 import msgspec
 
+from polefs.data.frames import Codec, encode_frames
 from polefs.data.ranges import Chunk
 from polefs.data.replica import Replica
 from polefs.meta.api import MetaAPI
@@ -18,7 +19,7 @@ SEGMENT_MAX: Final = 16 << 20
 """Largest segment that is packed, bytes; an adopted replica may be larger."""
 
 RUN_MAX: Final = 4 << 20
-"""Largest run, bytes: what one checksum covers, and the most of one file that stands together in a segment."""
+"""Largest run, bytes: the most of one file that stands together in a segment."""
 
 _READ: Final = 1 << 20
 _IDS: Final = 256
@@ -67,28 +68,43 @@ def pack(runs: Iterable[Run]) -> Iterator[list[Run]]:
         yield segment
 
 
-def load(runs: Sequence[Run]) -> tuple[list[bytes | memoryview], tuple[tuple[int, int], ...]]:
-    """The bytes of a segment in parts, and its runs' ``(length, crc32c)``. Blocks."""
-    parts: list[bytes | memoryview] = []
-    checks: list[tuple[int, int]] = []
+def load(runs: Sequence[Run], number: int, codec: Codec | None) -> tuple[list[bytes], Segment]:
+    """Segment ``number``, made of these runs: the parts of its object, and its row. Each run becomes frames of the
+    codec; without one it is one frame, as it is. Blocks."""
+    parts: list[bytes] = []
+    frames: list[tuple[int, int, int]] = []
+    size = 0
     for run in runs:
-        crc = 0
-        for start, end, source in run.pieces:
-            if isinstance(source, Chunk):
-                data = source.cut(start, end)
-                data = data if isinstance(data, bytes) else bytes(data)
-            else:
-                data = source.read(start, end - start)
-            crc = google_crc32c.extend(crc, data)
-            parts.append(data)
-        checks.append((run.end - run.start, crc))
-    return parts, tuple(checks)
+        contents = [_load(piece) for piece in run.pieces]
+        length = run.end - run.start
+        size += length
+        if codec is None:
+            parts += contents
+            check = 0
+            for part in contents:
+                check = google_crc32c.extend(check, part)
+            frames.append((length, length, check))
+        else:
+            stored, rows = encode_frames(codec, number, len(frames), contents)
+            parts += stored
+            frames += rows
+    return parts, Segment(number, size, tuple(frames), codec.coding if codec is not None else 0)
 
 
-def prepare_adoption(replica: Replica, pieces: Sequence[DataPiece], size: int) -> tuple[tuple[int, int], ...] | None:
-    """Make the replica the whole file of ``size`` bytes, adding what is in memory chunks, and return its runs. Nothing
-    else may write to it. Blocks. None when it is an object already: a replay comes to it again after the death of the
-    process, and other files may share that object by then."""
+def _load(piece: DataPiece) -> bytes:
+    start, end, source = piece
+    if isinstance(source, Chunk):
+        data = source.cut(start, end)
+        return data if isinstance(data, bytes) else bytes(data)
+    return source.read(start, end - start)
+
+
+def prepare_adoption(
+    replica: Replica, pieces: Sequence[DataPiece], size: int
+) -> tuple[tuple[int, int, int], ...] | None:
+    """Make the replica the whole file of ``size`` bytes, adding what is in memory chunks, and return its frames.
+    Nothing else may write to it. Blocks. None when it is an object already: a replay comes to it again after the death
+    of the process, and other files may share that object by then."""
     if os.fstat(replica.fd).st_nlink > 1:
         return None
     for start, end, source in pieces:
@@ -96,14 +112,14 @@ def prepare_adoption(replica: Replica, pieces: Sequence[DataPiece], size: int) -
             replica.write(bytes(source.cut(start, end)), start)
 
     os.ftruncate(replica.fd, size)
-    runs = []
+    frames = []
     for start in range(0, size, RUN_MAX):
         end = min(start + RUN_MAX, size)
         crc = 0
         for position in range(start, end, _READ):
             crc = google_crc32c.extend(crc, replica.read(position, min(_READ, end - position)))
-        runs.append((end - start, crc))
-    return tuple(runs)
+        frames.append((end - start, end - start, crc))
+    return tuple(frames)
 
 
 class SegmentIds:

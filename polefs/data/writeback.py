@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from polefs.data.frames import Codec
 from polefs.data.ranges import BASE, HOLE, Chunk, Piece
 from polefs.data.reader import Reader
 from polefs.data.replica import Replica
@@ -72,6 +73,7 @@ class WriteBack:
         self,
         meta: MetaAPI,
         objects: ObjectStore,
+        codec: Codec | None,
         reader: Reader,
         threads: Executor,
         settled: Callable[[FileState, int], None],
@@ -79,6 +81,7 @@ class WriteBack:
     ) -> None:
         self._meta = meta
         self._objects = objects
+        self._codec = codec
         self._reader = reader
         self._threads = threads
         self._settled = settled
@@ -206,9 +209,9 @@ class WriteBack:
     async def _write_segment(self, number: int, runs: Sequence[Run], written: list[Segment]) -> None:
         async with self._slots:
             loop = asyncio.get_running_loop()
-            parts, checks = await loop.run_in_executor(self._threads, load, runs)
+            parts, segment = await loop.run_in_executor(self._threads, load, runs, number, self._codec)
             await self._objects.put(segment_key(number), parts)
-        written.append(Segment(number, sum(length for length, _ in checks), checks))
+        written.append(segment)
 
     async def _adopt(self, plan: _Plan, written: list[Segment]) -> None:
         """Give the store the replica itself; where that cannot be, the contents are packed like others."""
@@ -216,13 +219,13 @@ class WriteBack:
         assert replica is not None
         async with self._slots:
             loop = asyncio.get_running_loop()
-            checks = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
-            if checks is None:
+            frames = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
+            if frames is None:
                 return
             (number,) = await self.ids.take(1)
             if await self._objects.adopt(segment_key(number), replica.path):
                 plan.extents = [Extent(0, plan.size, number, 0)]
-                written.append(Segment(number, plan.size, checks))
+                written.append(Segment(number, plan.size, frames))
 
 
 async def _gather(work: Sequence[Coroutine[None, None, None]]) -> None:

@@ -125,6 +125,10 @@ class MetaAPI(Protocol):
         """All extents that overlap the range, whole (not clipped), by offset."""
         ...
 
+    async def segments(self, ids: Sequence[int]) -> list[Segment]:
+        """Those of these segments that exist, in no particular order."""
+        ...
+
     async def allocate_segments(self, count: int) -> int:
         """Reserve ``count`` consecutive segment ids, never used before nor again; returns the first."""
         ...

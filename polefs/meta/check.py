@@ -38,7 +38,7 @@ def check(store: SqliteStore) -> Iterator[Problem]:
         yield Problem(Kind.LOST, ino, f"inode {ino} has lost its names")
     for ino, name in _malformed_acls(store):
         yield Problem(Kind.XATTR, ino, f"{name.decode()} of inode {ino} is malformed")
-    yield from _check_runs(store)
+    yield from _check_frames(store)
     counted = next(store.rows("SELECT coalesce(sum(allocated), 0), count(*) FROM inode"))
     noted = store.noted_usage()
     if noted != counted:
@@ -61,18 +61,18 @@ def _malformed_acls(store: SqliteStore) -> Iterator[tuple[int, bytes]]:
             yield ino, name
 
 
-def _runs(blob: bytes) -> list[tuple[int, int]]:
-    return msgspec.msgpack.decode(blob, type=list[tuple[int, int]])
+def _frames(blob: bytes) -> list[tuple[int, int, int]]:
+    return msgspec.msgpack.decode(blob, type=list[tuple[int, int, int]])
 
 
-def _check_runs(store: SqliteStore) -> Iterator[Problem]:
-    for id_, size, blob in store.rows("SELECT id, size, runs FROM segment"):
+def _check_frames(store: SqliteStore) -> Iterator[Problem]:
+    for id_, size, blob in store.rows("SELECT id, size, frames FROM segment"):
         try:
-            lengths = [length for length, _ in _runs(blob)]
+            lengths = [length for length, _, _ in _frames(blob)]
         except msgspec.MsgspecError:
             lengths = []
         if sum(lengths) != size or any(length <= 0 for length in lengths):
-            yield Problem(Kind.SEGMENT, id_, f"the runs of segment {id_} do not make up its {size} bytes", False)
+            yield Problem(Kind.SEGMENT, id_, f"the frames of segment {id_} do not make up its {size} bytes", False)
 
 
 # Repairing
@@ -170,8 +170,9 @@ async def check_objects(
     if repair:
         for first in range(0, len(garbage), _DELETE_BATCH):
             await objects.delete(garbage[first : first + _DELETE_BATCH])
-    for id_, size, blob in store.rows("SELECT id, size, runs FROM segment WHERE live > 0 ORDER BY id"):
+    for id_, blob in store.rows("SELECT id, frames FROM segment WHERE live > 0 ORDER BY id"):
         found = sizes.get(id_)
+        size = sum(stored for _, stored, _ in _frames(blob))
         if found is None:
             yield Problem(Kind.OBJECT, id_, f"the object {segment_key(id_)} is missing", repairable=False)
         elif found != size:
@@ -179,7 +180,7 @@ async def check_objects(
                 Kind.OBJECT, id_, f"the object {segment_key(id_)} has {found} bytes instead of {size}", repairable=False
             )
         elif data:
-            for start, length in await _broken_runs(objects, id_, blob):
+            for start, length in await _broken_frames(objects, id_, blob):
                 yield Problem(
                     Kind.OBJECT,
                     id_,
@@ -188,10 +189,10 @@ async def check_objects(
                 )
 
 
-async def _broken_runs(objects: ObjectStore, segment: int, blob: bytes) -> list[tuple[int, int]]:
+async def _broken_frames(objects: ObjectStore, segment: int, blob: bytes) -> list[tuple[int, int]]:
     broken = []
     start = 0
-    for length, checksum in _runs(blob):
+    for length, _, checksum in _frames(blob):
         content = await objects.get(segment_key(segment), start, length)
         if google_crc32c.value(content) != checksum:
             broken.append((start, length))

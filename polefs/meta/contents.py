@@ -36,6 +36,10 @@ async def extents(tx: Reader, ino: int, start: int, end: int) -> list[Extent]:
     return await tx.extents(ino, start, end)
 
 
+async def segments(tx: Reader, ids: Sequence[int]) -> list[Segment]:
+    return [segment for id_ in ids if (segment := await tx.segment(id_)) is not None]
+
+
 # Cutting and adding
 
 

@@ -122,12 +122,15 @@ class Extent(msgspec.Struct, frozen=True):
 
 
 class Segment(msgspec.Struct, frozen=True):
-    """An immutable object of the store. ``runs`` are the pieces it was written in, in order and without gaps:
-    ``(length, crc32c)`` each; their lengths add up to ``size``."""
+    """An immutable object of the store that holds ``size`` bytes of contents, in *frames*, in order and without gaps:
+    ``(length, stored length, CRC-32C)`` each, where the CRC is that of the ``length`` bytes of contents and the object
+    is as long as the stored lengths together. Extents refer to the contents, whatever ``coding`` (data/frames.py) has
+    made of them."""
 
     id: int
     size: int
-    runs: tuple[tuple[int, int], ...]
+    frames: tuple[tuple[int, int, int], ...]
+    coding: int = 0
 
 
 class DataCommit(msgspec.Struct):

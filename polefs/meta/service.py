@@ -112,6 +112,9 @@ class MetaService:
     async def extents(self, ino: int, start: int, end: int) -> list[Extent]:
         return await self._read(contents.extents, ino, start, end)
 
+    async def segments(self, ids: Sequence[int]) -> list[Segment]:
+        return await self._read(contents.segments, ids)
+
     async def allocate_segments(self, count: int) -> int:
         return await self._write(_allocate_segments, count)
 

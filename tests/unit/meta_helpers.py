@@ -151,7 +151,7 @@ class Meta:
     # Contents
 
     def segment(self, size: int = 1 << 20) -> Segment:
-        return Segment(self.run(self.service.allocate_segments(1)), size, ((size, 0),))
+        return Segment(self.run(self.service.allocate_segments(1)), size, ((size, size, 0),))
 
     def commit(
         self,

@@ -172,7 +172,7 @@ def test_a_ring_is_opened_at_one_place(meta: Meta) -> None:
 def test_what_cannot_be_repaired_is_told(tmp_path: Path) -> None:
     meta = Meta(tmp_path)
     populate(meta)
-    damage(meta, "DELETE FROM symlink; UPDATE inode SET mode = 493 WHERE ino = 7; UPDATE segment SET runs = x'c1'")
+    damage(meta, "DELETE FROM symlink; UPDATE inode SET mode = 493 WHERE ino = 7; UPDATE segment SET frames = x'c1'")
     repair(meta.store)
     left = list(check(meta.store))
     assert {problem.kind for problem in left} == {Kind.SYMLINK, Kind.BAD_INODE, Kind.SEGMENT}
@@ -202,7 +202,9 @@ class Objects:
         for name in (b"1", b"2"):
             ino = meta.file(name).ino
             runs = (b"a" * 100, b"b" * 50)
-            segment = Segment(meta.segment().id, 150, tuple((len(run), google_crc32c.value(run)) for run in runs))
+            segment = Segment(
+                meta.segment().id, 150, tuple((len(run), len(run), google_crc32c.value(run)) for run in runs)
+            )
             self.content[segment.id] = b"".join(runs)
             meta.run(self.store.put(segment_key(segment.id), runs))
             meta.commit(ino, 150, segments=(segment,), extents=[Extent(0, 150, segment.id, 0)])

@@ -143,7 +143,7 @@ def test_segments_die_and_are_forgotten(meta: Meta) -> None:
     assert meta.run(meta.service.allocate_segments(1)) == first + 3
     with fails(EINVAL):
         meta.run(meta.service.allocate_segments(0))
-    useless = Segment(first, 10, ((10, 1),))
+    useless = Segment(first, 10, ((10, 10, 1),))
     meta.run(meta.service.commit_data([useless, Segment(first + 1, 0, ())], []))
     assert meta.dead() == [first, first + 1]
     assert meta.run(meta.service.dead_segments(1)) == [first]

@@ -48,9 +48,10 @@ TABLES: Final = (
     """CREATE TABLE extent(
         ino INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL, segment INTEGER NOT NULL,
         segment_offset INTEGER NOT NULL, PRIMARY KEY (ino, offset)) WITHOUT ROWID""",
-    # runs: MessagePack [[length, crc32c], ...]
+    # frames: MessagePack [[length, stored length, crc32c], ...]
     """CREATE TABLE segment(
-        id INTEGER PRIMARY KEY, size INTEGER NOT NULL, live INTEGER NOT NULL, runs BLOB NOT NULL)""",
+        id INTEGER PRIMARY KEY, size INTEGER NOT NULL, live INTEGER NOT NULL, frames BLOB NOT NULL,
+        coding INTEGER NOT NULL)""",
     "CREATE TABLE symlink(ino INTEGER PRIMARY KEY, target BLOB NOT NULL)",
     """CREATE TABLE xattr(
         ino INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL, PRIMARY KEY (ino, name)) WITHOUT ROWID""",

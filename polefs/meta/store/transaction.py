@@ -22,6 +22,9 @@ _RESERVE = {"next_ino": 4096, "next_cookie": 4096, "next_segment": 1024}
 """How many numbers one write of a counter sets aside; a crash skips what is left of them."""
 
 
+_decode_frames = msgspec.msgpack.Decoder(tuple[tuple[int, int, int], ...]).decode
+
+
 class Caches:
     """Bounded, least recently used first. Inodes with inline contents are bigger and have a cache of their own."""
 
@@ -333,6 +336,10 @@ class SqliteTransaction:
         ).fetchone()
         return FILE_SIZE_MAX if row is None else row[0]
 
+    async def segment(self, segment: int) -> Segment | None:
+        row = self._run("SELECT id, size, frames, coding FROM segment WHERE id = ?", (segment,)).fetchone()
+        return None if row is None else Segment(row[0], row[1], _decode_frames(row[2]), row[3])
+
     async def live_bytes(self, segment: int) -> int | None:
         row = self._run("SELECT live FROM segment WHERE id = ?", (segment,)).fetchone()
         return None if row is None else row[0]
@@ -340,8 +347,8 @@ class SqliteTransaction:
     async def add_segments(self, segments: Sequence[tuple[Segment, int]]) -> None:
         self.changes += len(segments)
         self._change_many(
-            "INSERT INTO segment(id, size, live, runs) VALUES (?, ?, ?, ?)",
-            [(each.id, each.size, live, msgspec.msgpack.encode(each.runs)) for each, live in segments],
+            "INSERT INTO segment(id, size, live, frames, coding) VALUES (?, ?, ?, ?, ?)",
+            [(each.id, each.size, live, msgspec.msgpack.encode(each.frames), each.coding) for each, live in segments],
         )
 
     async def add_live(self, segment: int, delta: int) -> int | None:
