@@ -7,7 +7,9 @@ leave work to us that nobody does.
 from __future__ import annotations
 
 import errno
+import functools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,18 +25,25 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 _INIT_OUT = Codec("fuse_init_out")
 _PAGES_LIMIT = Path("/proc/sys/fs/fuse/max_pages_limit")
 _DEFAULT_PAGES_LIMIT = 256
+_MASK16 = 0xFFFF
 _MASK32 = 0xFFFFFFFF
 
 
 class Feature(NamedTuple):
     """``served``: the library can keep what the flag promises. ``needs``: opcodes that the file system must implement;
-    ``requires`` and ``excludes``: other flags; ``privileged``: CAP_SYS_ADMIN is needed."""
+    ``requires`` and ``excludes``: other flags; ``minor``: the oldest minor version whose form of it is served;
+    ``privileged``: CAP_SYS_ADMIN is needed; ``default_permissions``: the mount must have that option (POSIX_ACL turns
+    it on). ``promise``: what a file system that asks for the flag takes on itself, beyond ``needs``, because the kernel
+    will rely on it."""
 
     served: bool
     needs: tuple[Opcode, ...] = ()
     requires: InitFlag = InitFlag(0)
     excludes: InitFlag = InitFlag(0)
+    minor: int = OLDEST_MINOR
     privileged: bool = False
+    default_permissions: bool = False
+    promise: str = ""
 
 
 _ON = Feature(True)
@@ -46,10 +55,14 @@ FEATURES: dict[InitFlag, Feature] = {
     _F.POSIX_LOCKS: Feature(True, (Opcode.GETLK, Opcode.SETLK, Opcode.SETLKW)),
     _F.FILE_OPS: _OFF,
     # Without OPEN the kernel would truncate its own idea of the file and tell nobody (file.c: fuse_open).
-    _F.ATOMIC_O_TRUNC: Feature(True, (Opcode.OPEN,)),
-    _F.EXPORT_SUPPORT: Feature(True, (Opcode.LOOKUP,)),
+    _F.ATOMIC_O_TRUNC: Feature(True, (Opcode.OPEN,), promise="open_file truncates when its flags have O_TRUNC"),
+    _F.EXPORT_SUPPORT: Feature(
+        True,
+        (Opcode.LOOKUP,),
+        promise="look_up_inode finds '.' and '..' of every inode that exists, known or forgotten",
+    ),
     _F.BIG_WRITES: _ON,
-    _F.DONT_MASK: _ON,
+    _F.DONT_MASK: Feature(True, promise="operations that make an inode apply their umask"),
     _F.SPLICE_WRITE: _OFF,
     _F.SPLICE_MOVE: _OFF,
     _F.SPLICE_READ: _OFF,
@@ -59,31 +72,51 @@ FEATURES: dict[InitFlag, Feature] = {
     _F.DO_READDIRPLUS: Feature(True, (Opcode.READDIRPLUS,)),
     _F.READDIRPLUS_AUTO: Feature(True, (Opcode.READDIR, Opcode.READDIRPLUS), requires=_F.DO_READDIRPLUS),
     _F.ASYNC_DIO: _ON,
-    _F.WRITEBACK_CACHE: _ON,
+    _F.WRITEBACK_CACHE: Feature(
+        True, promise="nobody else writes to a file that is open; size and mtime are the kernel's"
+    ),
     _F.NO_OPEN_SUPPORT: _ON,
     _F.PARALLEL_DIROPS: _ON,
-    _F.HANDLE_KILLPRIV: Feature(True, excludes=_F.HANDLE_KILLPRIV_V2),
-    _F.POSIX_ACL: Feature(True, (Opcode.GETXATTR, Opcode.SETXATTR)),
+    _F.HANDLE_KILLPRIV: Feature(
+        True,
+        excludes=_F.HANDLE_KILLPRIV_V2,
+        promise="write, chown and truncation clear set-ID bits and security.capability",
+    ),
+    # It turns default_permissions on, whatever the mount option says.
+    _F.POSIX_ACL: Feature(
+        True, (Opcode.GETXATTR, Opcode.SETXATTR), promise="new inodes inherit the default ACL of their directory"
+    ),
     _F.ABORT_ERROR: _ON,
     _F.MAX_PAGES: _ON,
-    _F.CACHE_SYMLINKS: Feature(True, (Opcode.READLINK,)),
+    _F.CACHE_SYMLINKS: Feature(True, (Opcode.READLINK,), promise="the target of a symlink never changes"),
     _F.NO_OPENDIR_SUPPORT: _ON,
-    _F.EXPLICIT_INVAL_DATA: Feature(True, excludes=_F.AUTO_INVAL_DATA),
+    _F.EXPLICIT_INVAL_DATA: Feature(
+        True, excludes=_F.AUTO_INVAL_DATA, promise="invalidate_inode is sent for every change that was not made here"
+    ),
     _F.MAP_ALIGNMENT: _OFF,
     _F.SUBMOUNTS: _OFF,
-    _F.HANDLE_KILLPRIV_V2: _ON,
+    _F.HANDLE_KILLPRIV_V2: Feature(
+        True, promise="set-ID bits and security.capability are cleared by chown, and where KILL_SUIDGID is set"
+    ),
     _F.SETXATTR_EXT: _ON,
     _F.INIT_EXT: _ON,
     _F.INIT_RESERVED: _OFF,
-    _F.SECURITY_CTX: _ON,
+    # Before 7.38 no field of the header told where the arguments end and the security context begins.
+    _F.SECURITY_CTX: Feature(True, minor=38, promise="new inodes get the security contexts of their extensions"),
     _F.HAS_INODE_DAX: _OFF,
-    _F.CREATE_SUPP_GROUP: _ON,
+    _F.CREATE_SUPP_GROUP: Feature(True, minor=38),
     _F.HAS_EXPIRE_ONLY: _ON,
     _F.DIRECT_IO_ALLOW_MMAP: _ON,
+    # With write-back caching the kernel leaves it off without a word (inode.c: process_init_reply).
     _F.PASSTHROUGH: Feature(True, (Opcode.OPEN,), excludes=_F.WRITEBACK_CACHE, privileged=True),
-    _F.NO_EXPORT_SUPPORT: _ON,
+    _F.NO_EXPORT_SUPPORT: Feature(True, excludes=_F.EXPORT_SUPPORT),
     _F.HAS_RESEND: _ON,
-    _F.ALLOW_IDMAP: _ON,
+    # Without that mount option the kernel would fail the whole connection.
+    _F.ALLOW_IDMAP: Feature(
+        True,
+        default_permissions=True,
+        promise="uid and gid are not looked at but where an inode is made: elsewhere they are INVALID_UIDGID",
+    ),
     _F.OVER_IO_URING: _OFF,
     _F.REQUEST_TIMEOUT: _ON,
 }
@@ -124,9 +157,13 @@ class Settings:
     max_readahead: int = 4 << 20
     """Read-ahead window of the mount. INIT alone cannot raise it above 128 KiB, so it is set through sysfs, as root."""
     max_background: int = 64
+    """Most requests that nobody waits for (reading ahead, writing back, RELEASE, asynchronous direct I/O) in flight at
+    a time; 0: the kernel's own 12."""
     congestion_threshold: int = 48
+    """Requests of that kind from which on the kernel holds back reading ahead; 0: the kernel's own 9."""
     request_timeout: int = 0
-    """Seconds after which the kernel aborts the connection when a request has no reply; 0: never."""
+    """Seconds after which the kernel aborts the connection when a request has no reply, 15 at least, for it looks
+    every 15 s; 0: never, but for the sysctls fs.fuse.default_request_timeout and max_request_timeout."""
     busy_poll: int = 50_000
     """Nanoseconds for which the reader looks for the next request before it sleeps, while requests come that fast: the
     reply to a program that asks one thing after another then costs no wake-up. 0: sleep at once."""
@@ -137,13 +174,20 @@ class Settings:
     """Features to leave out although they are wanted."""
 
     def __post_init__(self) -> None:
+        """ValueError for what the INIT reply has no room for."""
+        for name in ("max_background", "congestion_threshold", "request_timeout"):
+            if not 0 <= getattr(self, name) <= _MASK16:
+                raise ValueError(f"{name} must lie between 0 and {_MASK16}, not {getattr(self, name)}")
+        if not 0 < self.max_write <= _MASK32 or not 0 <= self.max_readahead <= _MASK32:
+            raise ValueError("max_write and max_readahead are 32 bits wide")
         if self.max_stack_depth not in (1, 2):
             raise ValueError(f"max_stack_depth is 1 or 2, not {self.max_stack_depth}")
 
 
 @dataclass
 class Agreement:
-    """The outcome of INIT. ``refused`` says of each wanted feature that is off, why."""
+    """The outcome of INIT. ``refused`` says of each wanted feature that is off, why; ``offered`` is what the kernel
+    offered, bits unknown here included, and ``kernel_minor`` the version that it speaks."""
 
     minor: int
     flags: InitFlag
@@ -151,6 +195,8 @@ class Agreement:
     max_pages: int
     max_readahead: int
     refused: dict[InitFlag, str] = field(default_factory=dict)
+    offered: int = 0
+    kernel_minor: int = KERNEL_MINOR
 
     @property
     def buffer_size(self) -> int:
@@ -166,26 +212,22 @@ def page_limit() -> int:
         return _DEFAULT_PAGES_LIMIT
 
 
-def negotiate(init: Init, filesystem: FileSystem, settings: Settings) -> Agreement:
-    """Agree on what the kernel offers. EPROTO for a kernel that speaks less than 7.31."""
+def negotiate(init: Init, filesystem: FileSystem, settings: Settings, *, default_permissions: bool = True) -> Agreement:
+    """Agree on what the kernel offers; ``default_permissions`` is the mount option. EPROTO for a kernel that speaks
+    less than 7.31."""
     if init.major < KERNEL_MAJOR or (init.major == KERNEL_MAJOR and init.minor < OLDEST_MINOR):
         raise FuseError(
             errno.EPROTO, f"the kernel speaks FUSE {init.major}.{init.minor}; 7.{OLDEST_MINOR} (Linux 5.2) is needed"
         )
-    offered = InitFlag(init.flags & (1 << 43) - 1)
-    agreed = InitFlag(0)
-    refused: dict[InitFlag, str] = {}
     wanted = (DEFAULT | filesystem.features) & ~(filesystem.unwanted | settings.refuse)
     if settings.request_timeout:
         wanted |= InitFlag.REQUEST_TIMEOUT
+    wanted &= _union(FEATURES)
+    refused: dict[InitFlag, str] = {}
     for flag, feature in FEATURES.items():
-        if not flag & wanted:
-            continue
-        why = _objection(flag, feature, offered, wanted, filesystem)
-        if why:
+        if flag & wanted and (why := _objection(flag, feature, init, filesystem)):
             refused[flag] = why
-        else:
-            agreed |= flag
+    agreed = _compatible(wanted & ~_union(refused), refused, default_permissions)
     pages = 32
     if agreed & InitFlag.MAX_PAGES:
         pages = max(1, min(-(-settings.max_write // PAGE), page_limit()))
@@ -196,27 +238,49 @@ def negotiate(init: Init, filesystem: FileSystem, settings: Settings) -> Agreeme
         max_pages=pages,
         max_readahead=settings.max_readahead,
         refused=refused,
+        offered=init.flags,
+        kernel_minor=init.minor,
     )
 
 
-def _objection(
-    flag: InitFlag, feature: Feature, offered: InitFlag, wanted: InitFlag, filesystem: FileSystem
-) -> str | None:
+def _objection(flag: InitFlag, feature: Feature, init: Init, filesystem: FileSystem) -> str | None:
+    """What speaks against a flag whatever becomes of the others."""
     if not feature.served:
         return "rawfuse does not serve it"
-    if not flag & offered:
+    if not flag & init.flags:
         return "the kernel does not offer it"
+    if init.minor < feature.minor:
+        return f"the kernel speaks FUSE 7.{init.minor}; 7.{feature.minor} is needed"
     missing = [opcode.name for opcode in feature.needs if not filesystem.implements(opcode)]
     if missing:
         return f"the file system does not implement {', '.join(missing)}"
-    requires = feature.requires | (InitFlag.INIT_EXT if flag > _MASK32 else InitFlag(0))
-    if requires & ~(wanted & offered):
-        return f"it needs {(requires & ~(wanted & offered)).name}"
-    if feature.excludes & wanted:
-        return f"it excludes {(feature.excludes & wanted).name}"
     if feature.privileged and not privileged():
         return "it needs CAP_SYS_ADMIN"
     return None
+
+
+def _compatible(candidates: InitFlag, refused: dict[InitFlag, str], default_permissions: bool) -> InitFlag:
+    """What remains of ``candidates`` when each has what it needs of the others; the reasons go to ``refused``."""
+    agreed = candidates
+    for flag, feature in FEATURES.items():  # in the order of the table a flag stands behind those that it requires
+        if not flag & agreed:
+            continue
+        requires = feature.requires | (InitFlag.INIT_EXT if flag > _MASK32 else _NONE)
+        if requires & ~agreed:
+            refused[flag] = f"it needs {(requires & ~agreed).name}"
+            agreed &= ~flag
+        elif feature.default_permissions and not default_permissions and not agreed & InitFlag.POSIX_ACL:
+            refused[flag] = "it needs the mount option default_permissions"
+            agreed &= ~flag
+    for flag, feature in FEATURES.items():
+        if flag & agreed and feature.excludes & agreed:
+            refused[flag] = f"it excludes {(feature.excludes & agreed).name}"
+            agreed &= ~flag
+    return agreed
+
+
+def _union(flags: Iterable[InitFlag]) -> InitFlag:
+    return functools.reduce(InitFlag.__or__, flags, _NONE)
 
 
 def encode_init(agreement: Agreement, settings: Settings) -> bytes:

@@ -73,14 +73,14 @@ class Session:
         if privileged():
             device = Device.open()
             try:
-                exchange = _InitExchange(device, self.filesystem, self.settings)
+                exchange = _InitExchange(device, self.filesystem, self.settings, self.options)
                 agreement = await asyncio.to_thread(self._mount_directly, device, exchange)
             except BaseException:
                 device.close()
                 raise
         else:
             device = Device(await asyncio.to_thread(mount_by_helper, self.mountpoint, self.options))
-            exchange = _InitExchange(device, self.filesystem, self.settings)
+            exchange = _InitExchange(device, self.filesystem, self.settings, self.options)
             try:
                 agreement = await asyncio.to_thread(exchange.run)
             except BaseException:
@@ -153,10 +153,11 @@ class Session:
 class _InitExchange:
     """INIT, read and answered with blocking calls in a thread, before the event loop takes the device over."""
 
-    def __init__(self, device: Device, filesystem: FileSystem, settings: Settings) -> None:
+    def __init__(self, device: Device, filesystem: FileSystem, settings: Settings, options: MountOptions) -> None:
         self._device = device
         self._filesystem = filesystem
         self._settings = settings
+        self._default_permissions = options.default_permissions
         self._buffer = RequestBuffer(_INIT_BUFFER)
         self.cancelled = False
         self.agreement: Agreement | None = None
@@ -196,7 +197,7 @@ class _InitExchange:
             self._send(OutMessage(init.unique, [encode_old_major()]))
             return
         try:
-            agreement = negotiate(init, self._filesystem, self._settings)
+            agreement = negotiate(init, self._filesystem, self._settings, default_permissions=self._default_permissions)
         except FuseError as error:
             self._send(OutMessage(init.unique, error=-(error.errno or errno.EPROTO)))
             raise

@@ -363,16 +363,16 @@ class TestFailingStart:
         assert "No such file" in self.run(*example("mirror", scratch / "missing", scratch / "mnt"))
 
     def test_kernel_refuses_init(self, scratch: Path) -> None:
-        """ALLOW_IDMAP without default_permissions fails the connection (inode.c: process_init_reply)."""
+        """A reply with another major version fails the connection (inode.c: process_init_reply)."""
         (scratch / "mnt").mkdir()
         code = """
-import asyncio, sys
+import asyncio, struct, sys
+import rawfuse.session
 from examples.hello import Hello
-from rawfuse import InitFlag, MountOptions, Session
-Hello.features = InitFlag.ALLOW_IDMAP
+rawfuse.session.encode_init = lambda *_: struct.pack("=II", 6, 45)
 async def main():
     try:
-        await Session(Hello(), sys.argv[1], MountOptions(default_permissions=False)).mount()
+        await rawfuse.Session(Hello(), sys.argv[1]).mount()
     except OSError as error:
         sys.exit(str(error))
 asyncio.run(main())

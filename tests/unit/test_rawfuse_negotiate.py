@@ -78,6 +78,16 @@ def test_what_is_not_served_is_never_agreed_to(flag: InitFlag) -> None:
     assert agreed.refused[flag] == "rawfuse does not serve it"
 
 
+def test_a_flag_stands_behind_what_it_requires() -> None:
+    order = list(FEATURES)
+    for flag, feature in FEATURES.items():
+        assert all(order.index(other) < order.index(flag) for other in feature.requires | _init_ext(flag))
+
+
+def _init_ext(flag: InitFlag) -> InitFlag:
+    return InitFlag.INIT_EXT if flag >= 1 << 32 else InitFlag(0)
+
+
 @pytest.mark.parametrize("flag", [flag for flag, feature in FEATURES.items() if feature.served])
 def test_what_is_served_can_be_had(flag: InitFlag) -> None:
     feature = FEATURES[flag]
@@ -85,6 +95,25 @@ def test_what_is_served_can_be_had(flag: InitFlag) -> None:
     agreed = negotiate(init(), Wishes(flag | feature.requires), settings)
     assert agreed.flags & flag
     assert flag not in agreed.refused
+
+
+def test_idmapped_mounts_need_the_permission_checks_of_the_kernel() -> None:
+    """It would refuse the connection otherwise (inode.c: process_init_reply)."""
+    wishes = InitFlag.ALLOW_IDMAP
+    assert negotiate(init(), Wishes(wishes), Settings()).flags & wishes
+    agreed = negotiate(init(), Wishes(wishes), Settings(), default_permissions=False)
+    assert not agreed.flags & wishes
+    assert "default_permissions" in agreed.refused[wishes]
+    wishes |= InitFlag.POSIX_ACL
+    assert negotiate(init(), Wishes(wishes), Settings(), default_permissions=False).flags & wishes == wishes
+
+
+def test_security_contexts_need_the_header_that_tells_their_size() -> None:
+    wishes = InitFlag.SECURITY_CTX | InitFlag.CREATE_SUPP_GROUP
+    for minor, expected in ((36, InitFlag(0)), (37, InitFlag(0)), (38, wishes)):
+        agreed = negotiate(init(minor=minor), Wishes(wishes), Settings())
+        assert agreed.flags & wishes == expected
+        assert set(agreed.refused) == set(wishes & ~expected)
 
 
 def test_settings_refuse() -> None:
@@ -125,18 +154,62 @@ def test_stack_depths_that_the_kernel_would_ignore() -> None:
         Settings(max_stack_depth=3)
 
 
-@given(st.integers(0, ALL), st.integers(0, ALL), st.integers(0, ALL), st.booleans())
-def test_any_wishes_and_offers(offered: int, wanted: int, refused: int, everything: bool) -> None:
+def test_what_is_excluded_by_something_refused_can_be_had() -> None:
+    wishes = Wishes(InitFlag.EXPLICIT_INVAL_DATA)
+    assert not negotiate(init(), wishes, Settings()).flags & InitFlag.EXPLICIT_INVAL_DATA
+    offered = ALL & ~InitFlag.AUTO_INVAL_DATA
+    assert negotiate(init(offered), wishes, Settings()).flags & InitFlag.EXPLICIT_INVAL_DATA
+
+
+def test_what_the_kernel_offers_is_kept() -> None:
+    agreed = negotiate(init(1 << 60 | 1, minor=50), Wishes(InitFlag(1 << 60)), Settings())
+    assert (agreed.offered, agreed.kernel_minor, agreed.minor) == (1 << 60 | 1, 50, 45)
+    assert agreed.flags == InitFlag.ASYNC_READ
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_background": 1 << 16},
+        {"congestion_threshold": -1},
+        {"request_timeout": 100_000},
+        {"max_write": 0},
+        {"max_write": 1 << 32},
+        {"max_readahead": -1},
+    ],
+)
+def test_settings_that_the_reply_has_no_room_for(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+@given(
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, (1 << 64) - 1),
+    st.integers(0, ALL),
+    st.integers(31, 50),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_wishes_and_offers(
+    offered: int, wanted: int, refused: int, minor: int, everything: bool, permissions: bool
+) -> None:
     filesystem = Everything() if everything else FileSystem()
     filesystem.features = InitFlag(wanted)
-    agreed = negotiate(init(offered), filesystem, Settings(refuse=InitFlag(refused)))
+    settings = Settings(refuse=InitFlag(refused))
+    agreed = negotiate(init(offered, minor=minor), filesystem, settings, default_permissions=permissions)
     flags = agreed.flags
     assert flags & ~offered == 0
     assert flags & ~(DEFAULT | wanted) == 0
     assert flags & refused == 0
+    assert flags >> 43 == 0
+    assert permissions or not flags & InitFlag.ALLOW_IDMAP or flags & InitFlag.POSIX_ACL
+    missing = {flag for flag in FEATURES if flag & (DEFAULT | wanted) & ~refused & ~flags}
+    assert set(agreed.refused) == missing
     for flag, feature in FEATURES.items():
         if flags & flag:
             assert feature.served
+            assert minor >= feature.minor
             assert flags & feature.excludes == 0
             assert flags & feature.requires == feature.requires
             assert all(filesystem.implements(opcode) for opcode in feature.needs)
@@ -144,7 +217,7 @@ def test_any_wishes_and_offers(offered: int, wanted: int, refused: int, everythi
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [(1, PAGE), (PAGE, PAGE), (65536, 65536), (1 << 40, page_limit() * PAGE)]
+    ("asked", "expected"), [(1, PAGE), (PAGE, PAGE), (65536, 65536), ((1 << 32) - 1, page_limit() * PAGE)]
 )
 def test_max_write(asked: int, expected: int) -> None:
     agreed = negotiate(init(), Everything(), Settings(max_write=asked))
