@@ -14,6 +14,9 @@ from rawfuse.wire import Codec, InMessage
 Decoder = Callable[[InMessage], ops.Op]
 OpFactory = Callable[..., ops.Op]
 
+IN_PLACE = 16 << 10
+"""Data of a WRITE up to this size are copied, so that a waiting handler keeps no request buffer for them, bytes."""
+
 
 def plain(op_type: OpFactory) -> Decoder:
     def decode(message: InMessage) -> ops.Op:
@@ -121,6 +124,8 @@ def write() -> Decoder:
         fields = message.take(codec)
         data = message.payload(fields[2])
         message.finish()
+        if len(data) <= IN_PLACE:
+            data = memoryview(bytes(data))
         return ops.WriteFile(*message.origin, *fields, data)  # type: ignore[call-arg]
 
     return decode

@@ -1,4 +1,4 @@
-"""From a request to its handler to exactly one reply.
+"""From a request to its handler to exactly one reply, on the channel that the request came from.
 
 A handler is started at once, in the callback that read the request; most finish without waiting for anything and cost
 no task. One that does wait goes on as a ``Running``, which is to asyncio what a Task is (``asyncio.timeout`` and task
@@ -10,387 +10,284 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import itertools
 import logging
 from asyncio import tasks
-from collections.abc import Callable, Coroutine
-from time import perf_counter_ns
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rawfuse import ops
 from rawfuse.abi import InitFlag, Opcode
 from rawfuse.backing import BackingFiles
-from rawfuse.decode import Decoder
-from rawfuse.device import Device, RequestBuffer
-from rawfuse.encode import Encoder, Message
+from rawfuse.channel import Channel
+from rawfuse.decode import IN_PLACE
 from rawfuse.errors import MAX_ERRNO, ProtocolError
 from rawfuse.filesystem import FileSystem
-from rawfuse.negotiate import Agreement
+from rawfuse.negotiate import Agreement, Settings
 from rawfuse.notify import Notifier
+from rawfuse.running import Handler, Row, Running
 from rawfuse.table import SET_XATTR_COMPAT, TABLE
 from rawfuse.trace import Trace
-from rawfuse.wire import OUT_HEADER, InMessage
+from rawfuse.wire import IN_HEADER, OUT_HEADER, InMessage
 
 log = logging.getLogger("rawfuse")
 
-BURST = 64
-"""Requests drained per wake-up before the event loop gets its turn."""
+MOST_LOCK_WAITS = 1 << 16
+"""Blocking locks that wait at the same time; ENOLCK to one more."""
 
-MAX_RUNNING = 4096
-"""Handlers that wait at the same time before reading pauses. Waits for locks are not among them: what ends one is
-another request, which must be read."""
-
-MAX_BUFFERS = 64
-"""Request buffers (``Agreement.buffer_size`` bytes each) held by waiting handlers before reading pauses."""
+MOST_EARLY = 1024
+"""Interrupted requests remembered because they have not been seen yet."""
 
 _pack_error = OUT_HEADER.pack
 _error_size = OUT_HEADER.size
-_AGAIN, _GONE = -errno.EAGAIN, -errno.ENOENT
+_GONE = -errno.ENOENT
 _ENDED = (-errno.ENODEV, -errno.ECONNABORTED)
-_RETRY = (-errno.EINTR, -errno.ENOENT)
-
-Handler = Callable[[Any], Coroutine[Any, Any, Any]]
-
-
-class Row:
-    """One opcode as this session serves it."""
-
-    __slots__ = ("decode", "encode", "error", "handler", "interruptible", "opcode")
-
-    def __init__(
-        self,
-        opcode: int,
-        decode: Decoder,
-        handler: Handler | None,
-        encode: Encoder | None,
-        error: int,
-        interruptible: bool,
-    ) -> None:
-        self.opcode = opcode
-        self.decode = decode
-        self.handler = handler
-        self.encode = encode
-        self.error = error
-        self.interruptible = interruptible
-
-
-class Running:
-    """A handler on its way: the part of the Task interface that asyncio asks of the current task."""
-
-    __slots__ = (
-        "_cancel_requests",
-        "_context",
-        "_coroutine",
-        "_dispatcher",
-        "_must_cancel",
-        "_waiting_for",
-        "buffer",
-        "interrupted",
-        "loop",
-        "op",
-        "row",
-    )
-
-    def __init__(self, dispatcher: Dispatcher, loop: asyncio.AbstractEventLoop) -> None:
-        self._dispatcher = dispatcher
-        self.loop = loop
-        self._coroutine: Coroutine[Any, Any, Any] | None = None
-        self._context: contextvars.Context | None = None
-        self._waiting_for: asyncio.Future[Any] | None = None
-        self._must_cancel = False
-        self._cancel_requests = 0
-        self.interrupted = False
-        self.buffer: RequestBuffer | None = None
-        self.row: Row
-        self.op: ops.Op
-
-    def suspend(self, coroutine: Coroutine[Any, Any, Any], yielded: Any) -> None:
-        """Go on after the first step, which yielded what the coroutine waits for."""
-        self._coroutine = coroutine
-        self._context = contextvars.copy_context()
-        self._wait(yielded)
-
-    def _wait(self, yielded: Any) -> None:
-        if yielded is None:
-            self.loop.call_soon(self._step, None, context=self._context)
-        elif getattr(yielded, "_asyncio_future_blocking", None):
-            yielded._asyncio_future_blocking = False
-            yielded.add_done_callback(self._wake, context=self._context)
-            self._waiting_for = yielded
-            if self._must_cancel and yielded.cancel():
-                self._must_cancel = False
-        else:
-            problem = RuntimeError(f"a handler awaited {yielded!r}, which is no asyncio future")
-            self.loop.call_soon(self._step, problem, context=self._context)
-
-    def _wake(self, future: asyncio.Future[Any]) -> None:
-        try:
-            future.result()
-        except BaseException as error:
-            self._step(error)
-        else:
-            self._step(None)
-
-    def _step(self, error: BaseException | None) -> None:
-        coroutine = self._coroutine
-        assert coroutine is not None
-        self._waiting_for = None
-        if self._must_cancel:
-            self._must_cancel = False
-            if not isinstance(error, asyncio.CancelledError):
-                error = asyncio.CancelledError()
-        tasks._enter_task(self.loop, self)  # type: ignore[arg-type]
-        try:
-            yielded = coroutine.send(None) if error is None else coroutine.throw(error)
-        except StopIteration as stop:
-            self._dispatcher.finish(self, stop.value, None)
-        except BaseException as failure:
-            self._dispatcher.finish(self, None, failure)
-            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                raise
-        else:
-            self._wait(yielded)
-        finally:
-            tasks._leave_task(self.loop, self)  # type: ignore[arg-type]
-
-    def cancel(self, msg: object = None) -> bool:
-        self._cancel_requests += 1
-        if self._waiting_for is None or not self._waiting_for.cancel():
-            self._must_cancel = True
-        return True
-
-    def cancelling(self) -> int:
-        return self._cancel_requests
-
-    def uncancel(self) -> int:
-        self._cancel_requests = max(0, self._cancel_requests - 1)
-        return self._cancel_requests
-
-    def done(self) -> bool:
-        return False
-
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self.loop
-
-    def get_name(self) -> str:
-        return f"{Opcode(self.row.opcode).name} {self.op.unique}"
-
-    def get_coro(self) -> Coroutine[Any, Any, Any] | None:
-        return self._coroutine
 
 
 class Dispatcher:
-    """Serves the requests of one device for one file system after INIT. ``ended`` completes when the connection has."""
+    """Serves the requests of all channels of one mount after INIT. ``ended`` completes when the connection has.
+
+    Requests in flight are bounded by number and by bytes (``Settings``): those of a waiting handler are the request
+    itself, or the whole buffer that it keeps, and the largest reply asked for. At the bound the channels pause until
+    handlers finish. A blocking lock does not count while it waits, because what ends it is another request.
+    """
 
     def __init__(
         self,
-        device: Device,
+        channels: Sequence[Channel],
         filesystem: FileSystem,
         agreement: Agreement,
+        settings: Settings,
         loop: asyncio.AbstractEventLoop,
         notifier: Notifier | None = None,
+        backing: BackingFiles | None = None,
         trace: Trace | None = None,
-        busy_poll: int = 0,
     ) -> None:
-        self._device = device
-        self._write = device.write
-        self._filesystem = filesystem
+        self._channels = channels
         self._loop = loop
         self._trace = trace
         self._rows = _rows(filesystem, agreement)
         self._rows[Opcode.INTERRUPT].handler = self._interrupt
-        if agreement.flags & InitFlag.PASSTHROUGH:
-            _choose_modes(self._rows, BackingFiles(device))
+        if backing is not None:
+            _choose_modes(self._rows, backing)
         if notifier is not None:
             self._rows[Opcode.NOTIFY_REPLY].handler = _deliver_to(notifier)
-        self._buffer_size = agreement.buffer_size
-        self._buffer = RequestBuffer(self._buffer_size)
-        self._message = InMessage(self._buffer.view)
-        self._free: list[RequestBuffer] = []
-        self._lent = 0
-        self._counted = 0
-        self._spare = Running(self, loop)
-        self._running: dict[int, Running] = {}
-        self._reading = False
         self._end_of_burst = filesystem.end_of_burst
-        self._busy_poll = self._patience = busy_poll
-        self._slept = 0
+        self._running: dict[int, Running] = {}
+        self._nameless = itertools.count(-1, -1)
+        self._most = settings.max_in_flight
+        self._most_bytes = settings.max_bytes_in_flight
+        self._admitted = 0
+        self._bytes = 0
+        self._paused = False
+        self._early: dict[int, None] = {}
+        self._undoing: set[asyncio.Task[Any]] = set()
         self._idle: asyncio.Future[None] | None = None
         self.ended: asyncio.Future[int] = loop.create_future()
 
-    # Reading
-
     def start(self) -> None:
-        self._reading = True
-        self._loop.add_reader(self._device.fd, self._on_readable)
+        for channel in self._channels:
+            channel.begin(self)
 
-    def _pause(self) -> None:
-        if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._device.fd)
+    @property
+    def waiting(self) -> bool:
+        return bool(self._running)
 
-    def _on_readable(self) -> None:
-        read_soon, serve, running = self._device.read_soon, self._serve, self._running
-        if self._patience < self._busy_poll and perf_counter_ns() - self._slept < self._busy_poll:
-            # Had we looked a little longer, we need not have slept.
-            self._patience = self._busy_poll
-        for _ in range(BURST):
-            # Whatever a waiting handler waits for needs the event loop, so then there is no time to look twice.
-            length = read_soon(self._buffer, 0 if running else self._patience)
-            if length > 0:
-                serve(length)
-                if not self._reading:
-                    return
-            elif length == _AGAIN:
-                if running:
-                    self._end_of_burst()
-                    if not running:
-                        continue
-                else:
-                    self._patience >>= 1
-                self._slept = perf_counter_ns()
-                return
-            elif length not in _RETRY:
-                self.end(-length)
-                return
+    def end_burst(self) -> bool:
+        if not self._running:
+            return False
+        self._end_of_burst()
+        return not self._running
 
     def end(self, error: int) -> None:
         """ENODEV: unmounted; ECONNABORTED: aborted through fusectl; anything else is unexpected, and final too. Nobody
         waits for replies any more; handlers whose effect must not stop half-way finish all the same."""
-        self._pause()
+        for channel in self._channels:
+            channel.end()
+        if self.ended.done():
+            return
         if -error not in _ENDED:
             log.error("reading /dev/fuse failed: %s", errno.errorcode.get(error, error))
+        self.ended.set_result(error)
         for running in list(self._running.values()):
             if running.row.interruptible:
                 running.cancel()
-        if not self.ended.done():
-            self.ended.set_result(error)
 
     async def drained(self) -> None:
         """Returns when no handler runs any more."""
         if self._running:
             self._idle = self._loop.create_future()
             await self._idle
+        while self._undoing:
+            await asyncio.wait(self._undoing)
 
     # Serving
 
-    def _serve(self, length: int) -> None:
-        message = self._message
+    def serve(self, channel: Channel, message: InMessage, length: int) -> None:
         try:
             message.load(length)
             row = self._rows.get(message.opcode)
             if row is None:
-                self._refuse_unknown(message)
+                self._refuse_unknown(channel, message)
                 return
             op = row.decode(message)
+            if self._running and row.encode is not None and op.unique in self._running:
+                raise ProtocolError(f"request {op.unique} is in flight already")
         except ProtocolError as error:
             log.error("malformed request: %s", error)
-            if length >= 40:
-                self._fail(message.in_header.unique, errno.EIO)
+            if length >= IN_HEADER.size:
+                self._fail(channel, message.in_header.unique, errno.EIO)
             return
         if self._trace is not None:
             self._trace.request(row.opcode, op, replied=row.encode is not None)
         handler = row.handler
         if handler is None:
             if row.encode is not None:
-                self._fail(op.unique, row.error)
-            return
-        running = self._spare
-        running.row, running.op = row, op
+                self._fail(channel, op.unique, row.error)
+        elif not row.admitted and len(self._running) - self._admitted >= MOST_LOCK_WAITS:
+            self._fail(channel, op.unique, errno.ENOLCK)
+        else:
+            self._start(channel, row, op, handler, length)
+
+    def _start(self, channel: Channel, row: Row, op: ops.Op, handler: Handler, length: int) -> None:
+        """The handler's first step, in a context of its own."""
         loop = self._loop
-        coroutine = handler(op)
+        running = Running(loop, self.finish)
+        running.channel, running.row, running.op = channel, row, op
+        context = contextvars.copy_context()
+        failure: BaseException | None = None
+        result: Any = None
         tasks._enter_task(loop, running)  # type: ignore[arg-type]
         try:
-            yielded = coroutine.send(None)
+            coroutine = handler(op)
+            if not hasattr(coroutine, "send"):
+                raise TypeError(f"the handler returned {coroutine!r:.100}, no coroutine: define it with async def")
+            yielded = context.run(coroutine.send, None)
         except StopIteration as stop:
-            tasks._leave_task(loop, running)  # type: ignore[arg-type]
-            self._reply(row, op, stop.value)
-        except BaseException as failure:
-            tasks._leave_task(loop, running)  # type: ignore[arg-type]
-            self._reply_failure(row, op, failure, interrupted=False)
-            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                raise
+            result = stop.value
+        except BaseException as error:
+            failure = error
         else:
+            self._suspend(running, length, coroutine, yielded, context)
+            return
+        finally:
             tasks._leave_task(loop, running)  # type: ignore[arg-type]
-            self._spare = Running(self, loop)
-            self._running[op.unique] = running
-            if isinstance(op, ops.WriteFile):
-                self._lend_buffer(running)
-            if not isinstance(op, ops.SetLock):
-                self._counted += 1
-            if self._counted >= MAX_RUNNING or self._lent >= MAX_BUFFERS:
-                self._pause()
-            running.suspend(coroutine, yielded)
+        running.retire()
+        if failure is None:
+            self._reply(channel, row, op, result)
+        else:
+            self._reply_failure(channel, row, op, failure, interrupted=False)
+            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+                raise failure
 
-    def _refuse_unknown(self, message: InMessage) -> None:
-        log.warning("unknown opcode %d", message.opcode)
-        self._fail(message.in_header.unique, errno.ENOSYS)
-
-    def _lend_buffer(self, running: Running) -> None:
-        """The payload belongs to the waiting handler; the next request is read into another buffer."""
-        running.buffer = self._buffer
-        self._lent += 1
-        self._buffer = self._free.pop() if self._free else RequestBuffer(self._buffer_size)
-        self._message = InMessage(self._buffer.view)
+    def _suspend(
+        self,
+        running: Running,
+        length: int,
+        coroutine: Coroutine[Any, Any, Any],
+        yielded: Any,
+        context: contextvars.Context,
+    ) -> None:
+        """The handler waits, so its request is in flight now."""
+        row, op = running.row, running.op
+        running.key = op.unique if row.encode is not None else next(self._nameless)
+        self._running[running.key] = running
+        if row.admitted:
+            running.bytes = length
+            if isinstance(op, ops.WriteFile) and op.size > IN_PLACE:
+                running.buffer = running.channel.lend()
+                if running.buffer is not None:
+                    running.bytes = running.buffer.size
+            if row.reply_size is not None:
+                running.bytes += getattr(op, row.reply_size)
+            self._admitted += 1
+            self._bytes += running.bytes
+            if not self._paused and (self._admitted >= self._most or self._bytes >= self._most_bytes):
+                self._paused = True
+                for channel in self._channels:
+                    channel.pause()
+        running.suspend(coroutine, yielded, context)
+        if self._early and running.key in self._early:
+            del self._early[running.key]
+            self._cancel(running)
 
     def finish(self, running: Running, result: Any, failure: BaseException | None) -> None:
         """A handler that had waited has ended."""
-        op = running.op
-        del self._running[op.unique]
-        if not isinstance(op, ops.SetLock):
-            self._counted -= 1
+        row, op = running.row, running.op
+        del self._running[running.key]
         if failure is None:
-            self._reply(running.row, op, result)
+            self._reply(running.channel, row, op, result)
         else:
-            self._reply_failure(running.row, op, failure, interrupted=running.interrupted)
+            self._reply_failure(running.channel, row, op, failure, interrupted=running.interrupted)
         if running.buffer is not None:
-            self._free.append(running.buffer)
-            self._lent -= 1
-        if not self._reading and not self.ended.done():
-            self.start()
+            running.channel.give_back(running.buffer)
+            running.buffer = None
+        if row.admitted:
+            self._admitted -= 1
+            self._bytes -= running.bytes
+            if self._paused and _has_room(self._admitted, self._most) and _has_room(self._bytes, self._most_bytes):
+                self._resume()
         if self._idle is not None and not self._running and not self._idle.done():
             self._idle.set_result(None)
 
+    def _resume(self) -> None:
+        self._paused = False
+        if not self.ended.done():
+            for channel in self._channels:
+                channel.resume()
+
     async def _interrupt(self, op: ops.Interrupt) -> None:
-        """INTERRUPT: with one reader its target has always been read before. Operations that must not stop half-way are
-        left to finish."""
+        """INTERRUPT, on whatever channel. With one reader its target has always been read before; with several it may
+        come first, and is remembered then (ids never come back, so one that was answered long ago does no harm)."""
         running = self._running.get(op.target)
-        if running is not None and running.row.interruptible and not running.interrupted:
+        if running is not None:
+            self._cancel(running)
+        elif len(self._channels) > 1:
+            self._early[op.target] = None
+            if len(self._early) > MOST_EARLY:
+                del self._early[next(iter(self._early))]
+
+    def _cancel(self, running: Running) -> None:
+        """Operations that must not stop half-way are left to finish."""
+        if running.row.interruptible and not running.interrupted:
             running.interrupted = True
             running.cancel()
 
     # Replying
 
-    def _reply(self, row: Row, op: ops.Op, result: Any) -> None:
+    def _refuse_unknown(self, channel: Channel, message: InMessage) -> None:
+        log.warning("unknown opcode %d", message.opcode)
+        self._fail(channel, message.in_header.unique, errno.ENOSYS)
+
+    def _reply(self, channel: Channel, row: Row, op: ops.Op, result: Any) -> None:
         encode = row.encode
         if encode is None:
             return
         try:
             message = encode(op, result)
+            sent = channel.reply(op.unique, message)
         except OSError as failure:
-            self._fail(op.unique, failure.errno or errno.EIO)
+            self._fail(channel, op.unique, failure.errno or errno.EIO)
             self._undo(op, result)
             return
         except Exception:
-            log.exception("%s returned %.200r, which is no reply to it", Opcode(row.opcode).name, result)
-            self._fail(op.unique, errno.EIO)
+            log.exception("%s returned %.200r, which is no reply to it", row.name, result)
+            self._fail(channel, op.unique, errno.EIO)
             return
-        sent = self._write(message)
         if self._trace is not None:
             self._trace.reply(op.unique, 0, result)
         if sent < 0:
-            self._not_sent(row, op, result, message, sent)
+            self._not_sent(channel, row, op, result, sent)
 
-    def _not_sent(self, row: Row, op: ops.Op, result: Any, message: Message, error: int) -> None:
-        if error == _GONE or error in _ENDED:
-            self._undo(op, result)
-            return
-        log.error(
-            "the kernel refused the reply to %s: %s", Opcode(row.opcode).name, errno.errorcode.get(-error, -error)
-        )
-        self._fail(op.unique, errno.EIO)
+    def _not_sent(self, channel: Channel, row: Row, op: ops.Op, result: Any, error: int) -> None:
+        if error != _GONE and error not in _ENDED:
+            log.error("the kernel refused the reply to %s: %s", row.name, errno.errorcode.get(-error, -error))
+            self._fail(channel, op.unique, errno.EIO)
         self._undo(op, result)
 
-    def _reply_failure(self, row: Row, op: ops.Op, failure: BaseException, *, interrupted: bool) -> None:
+    def _reply_failure(
+        self, channel: Channel, row: Row, op: ops.Op, failure: BaseException, *, interrupted: bool
+    ) -> None:
         if isinstance(failure, asyncio.CancelledError):
             error = errno.EINTR if interrupted else errno.EIO
         elif isinstance(failure, TimeoutError) and failure.errno is None:
@@ -402,12 +299,12 @@ class Dispatcher:
                 error = errno.EOPNOTSUPP
         else:
             error = errno.EIO
-            log.error("%s failed", Opcode(row.opcode).name, exc_info=failure)
+            log.error("%s failed", row.name, exc_info=failure)
         if row.encode is not None:
-            self._fail(op.unique, error)
+            self._fail(channel, op.unique, error)
 
-    def _fail(self, unique: int, error: int) -> None:
-        self._write(_pack_error(_error_size, -error, unique))
+    def _fail(self, channel: Channel, unique: int, error: int) -> None:
+        channel.reply(unique, _pack_error(_error_size, -error, unique))
         if self._trace is not None:
             self._trace.reply(unique, error, None)
 
@@ -435,12 +332,18 @@ class Dispatcher:
         handler = self._rows[opcode].handler
         if handler is not None:
             task = self._loop.create_task(handler(op))
-            task.add_done_callback(_log_failure)
+            self._undoing.add(task)
+            task.add_done_callback(self._undone)
+
+    def _undone(self, task: asyncio.Task[Any]) -> None:
+        self._undoing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("undoing a reply that was not delivered failed", exc_info=task.exception())
 
 
-def _log_failure(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("undoing a reply that was not delivered failed", exc_info=task.exception())
+def _has_room(used: int, most: int) -> bool:
+    """An eighth must be free before channels resume, so that they do not change with every request at the bound."""
+    return used < most - (most >> 3)
 
 
 def _rows(filesystem: FileSystem, agreement: Agreement) -> dict[int, Row]:

@@ -35,6 +35,7 @@ Encoder = Callable[[Any, Any], Message]
 
 _HEAD = "IiQ"
 _head_size = OUT_HEADER.size
+_MOST_PARTS = os.sysconf("SC_IOV_MAX")
 _pack_head = OUT_HEADER.pack
 
 
@@ -125,10 +126,11 @@ def statx() -> Encoder:
 
 def _limited(size: int, op: ops.Op, body: Sequence[Buffer]) -> Message:
     """A reply of variable length; the kernel answers EIO to one that is longer than it asked for."""
-    length = sum(map(len, body))
+    parts = [memoryview(part).cast("B") for part in body] if len(body) < _MOST_PARTS else [b"".join(body)]
+    length = sum(map(len, parts))
     if length > size:
         raise ValueError(f"{type(op).__name__} asked for {size} bytes, the handler returned {length}")
-    return [_pack_head(_head_size + length, 0, op.unique), *body]
+    return [_pack_head(_head_size + length, 0, op.unique), *parts]
 
 
 def read_data(op: ops.ReadFile, result: ReadResult) -> Message:

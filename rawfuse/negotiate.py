@@ -170,6 +170,10 @@ class Settings:
     max_stack_depth: int = 1
     """For PASSTHROUGH: 1, or 2 to have backing files on a stacked file system (overlayfs) too; what is stacked on this
     mount in turn has one layer less then."""
+    max_in_flight: int = 4096
+    """Requests whose handlers wait at the same time before reading pauses; blocking locks do not count."""
+    max_bytes_in_flight: int = 128 << 20
+    """Memory of such requests before reading pauses: request buffers kept, and the replies that READ asks for."""
     refuse: InitFlag = _NONE
     """Features to leave out although they are wanted."""
 
@@ -182,6 +186,8 @@ class Settings:
             raise ValueError("max_write and max_readahead are 32 bits wide")
         if self.max_stack_depth not in (1, 2):
             raise ValueError(f"max_stack_depth is 1 or 2, not {self.max_stack_depth}")
+        if self.max_in_flight < 1 or self.max_bytes_in_flight < 1:
+            raise ValueError("max_in_flight and max_bytes_in_flight must be at least 1")
 
 
 @dataclass

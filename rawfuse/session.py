@@ -12,7 +12,9 @@ from typing import TextIO
 
 from rawfuse import ops
 from rawfuse._kernel import lib
-from rawfuse.abi import KERNEL_MAJOR, Opcode
+from rawfuse.abi import KERNEL_MAJOR, InitFlag, Opcode
+from rawfuse.backing import BackingFiles
+from rawfuse.channel import DeviceChannel
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.dispatcher import Dispatcher
 from rawfuse.errors import FuseError, ProtocolError
@@ -92,8 +94,10 @@ class Session:
         for flag, why in agreement.refused.items():
             log.debug("INIT: no %s: %s", flag.name, why)
         self.notifier = Notifier(device, agreement)
+        channels = [DeviceChannel(device, agreement.buffer_size, loop, self.settings.busy_poll)]
+        backing = BackingFiles(device) if agreement.flags & InitFlag.PASSTHROUGH else None
         self._dispatcher = Dispatcher(
-            device, self.filesystem, agreement, loop, self.notifier, self._trace, self.settings.busy_poll
+            channels, self.filesystem, agreement, self.settings, loop, self.notifier, backing, self._trace
         )
         self._dispatcher.start()
         await asyncio.to_thread(raise_read_ahead, self.mountpoint, agreement.max_readahead)

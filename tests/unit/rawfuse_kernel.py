@@ -7,7 +7,6 @@ import asyncio
 import errno
 import functools
 import inspect
-import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -18,9 +17,10 @@ import pytest
 import uvloop
 
 from rawfuse import FileSystem, InitFlag, Opcode
+from rawfuse.channel import DeviceChannel
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.dispatcher import Dispatcher
-from rawfuse.negotiate import Agreement
+from rawfuse.negotiate import Agreement, Settings
 from rawfuse.trace import Trace
 from rawfuse.wire import OUT_HEADER
 from tests.unit.rawfuse_helpers import request
@@ -60,46 +60,60 @@ def _as_device(result: int) -> int:
 
 
 class Kernel:
-    """Sends requests and receives replies."""
+    """Sends requests and receives replies, on one channel or, each call saying which, on several."""
 
-    def __init__(self, end: socket.socket, device: PairDevice, dispatcher: Dispatcher) -> None:
-        self._end = end
-        self._end.settimeout(DEADLINE)
+    def __init__(self, ends: list[socket.socket], devices: list[PairDevice], dispatcher: Dispatcher) -> None:
+        self._ends = ends
+        for end in ends:
+            end.settimeout(DEADLINE)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._unique = 0
-        self.device = device
+        self.device = devices[0]
         self.dispatcher = dispatcher
 
-    def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 7) -> int:
+    def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 7, channel: int = 0) -> int:
         """Returns the request's id."""
         self._unique += 2
-        self._end.send(request(opcode, body, unique=self._unique, nodeid=nodeid))
+        self._ends[channel].send(request(opcode, body, unique=self._unique, nodeid=nodeid))
         return self._unique
 
+    @property
+    def next_unique(self) -> int:
+        """The id that the next request will have."""
+        return self._unique + 2
+
+    def send_again(self) -> None:
+        """The same id as the request before."""
+        self.send_bytes(request(Opcode.GETATTR, struct.pack("=IIQ", 0, 0, 0), unique=self._unique))
+
     def send_bytes(self, data: bytes) -> None:
-        self._end.send(data)
+        self._ends[0].send(data)
 
-    def interrupt(self, unique: int) -> None:
-        self._end.send(request(Opcode.INTERRUPT, struct.pack("=Q", unique), unique=unique | 1, nodeid=0))
+    def interrupt(self, unique: int, *, channel: int = 0) -> None:
+        body = struct.pack("=Q", unique)
+        self._ends[channel].send(request(Opcode.INTERRUPT, body, unique=unique | 1, nodeid=0))
 
-    async def reply(self) -> Reply:
-        data = await asyncio.to_thread(self._end.recv, 1 << 20)
+    async def reply(self, channel: int = 0) -> Reply:
+        data = await asyncio.to_thread(self._ends[channel].recv, 1 << 20)
         length, error, unique = OUT_HEADER.unpack_from(data)
         assert length == len(data)
         return Reply(unique, -error, data[OUT_HEADER.size :])
 
-    async def call(self, opcode: int, body: bytes = b"", *, nodeid: int = 7) -> Reply:
+    async def call(self, opcode: int, body: bytes = b"", *, nodeid: int = 7, channel: int = 0) -> Reply:
         """A request and its reply, which must be the next one."""
-        unique = self.send(opcode, body, nodeid=nodeid)
-        reply = await self.reply()
+        unique = self.send(opcode, body, nodeid=nodeid, channel=channel)
+        reply = await self.reply(channel)
         assert reply.unique == unique, "a reply to another request"
         return reply
 
     async def nothing_more(self) -> None:
         """No reply is on its way: the next one is that to a new request."""
-        await self.call(Opcode.STATFS)
+        for channel in range(len(self._ends)):
+            await self.call(Opcode.STATFS, channel=channel)
 
     def close(self) -> None:
-        self._end.close()
+        for end in self._ends:
+            end.close()
 
 
 def agreement(flags: InitFlag = InitFlag.SETXATTR_EXT) -> Agreement:
@@ -108,15 +122,25 @@ def agreement(flags: InitFlag = InitFlag.SETXATTR_EXT) -> Agreement:
 
 @asynccontextmanager
 async def served(
-    filesystem: FileSystem, flags: InitFlag = InitFlag.SETXATTR_EXT, trace: Trace | None = None
+    filesystem: FileSystem,
+    flags: InitFlag = InitFlag.SETXATTR_EXT,
+    trace: Trace | None = None,
+    *,
+    settings: Settings | None = None,
+    channels: int = 1,
 ) -> AsyncIterator[Kernel]:
     """The file system, served to a test kernel, which hangs up in the end."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    device = PairDevice(os.dup(theirs.fileno()))
-    theirs.close()
-    dispatcher = Dispatcher(device, filesystem, agreement(flags), asyncio.get_running_loop(), trace=trace)
+    loop = asyncio.get_running_loop()
+    ends, devices = [], []
+    for _ in range(channels):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ends.append(ours)
+        devices.append(PairDevice(theirs.detach()))
+    agreed = agreement(flags)
+    readers = [DeviceChannel(device, agreed.buffer_size, loop) for device in devices]
+    dispatcher = Dispatcher(readers, filesystem, agreed, settings or Settings(), loop, trace=trace)
     dispatcher.start()
-    kernel = Kernel(ours, device, dispatcher)
+    kernel = Kernel(ends, devices, dispatcher)
     try:
         yield kernel
     except BaseException:
@@ -128,7 +152,8 @@ async def served(
         await dispatcher.drained()
     finally:
         kernel.close()
-        device.close()
+        for device in devices:
+            device.close()
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

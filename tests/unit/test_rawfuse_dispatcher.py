@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextvars
 import errno
@@ -26,13 +27,16 @@ from rawfuse import (
     InitFlag,
     Opcode,
     OpenedFile,
+    Settings,
+    channel,
     dispatcher,
     ops,
 )
-from rawfuse.dispatcher import Running
+from rawfuse.decode import IN_PLACE
+from rawfuse.running import Running
 from rawfuse.table import TABLE
-from tests.unit.rawfuse_helpers import HEADER
-from tests.unit.rawfuse_kernel import on_both_loops, served
+from tests.unit.rawfuse_helpers import HEADER, request
+from tests.unit.rawfuse_kernel import agreement, on_both_loops, served
 from tests.unit.test_rawfuse_table import DECODED
 
 GETATTR = struct.pack("=IIQ", 0, 0, 0)
@@ -69,6 +73,9 @@ class Scripted(FileSystem):
 
     async def mk_dir(self, op: ops.MkDir) -> Entry:
         return (await self._run(op)) or Entry(9, Attributes(ino=9, mode=stat.S_IFDIR | 0o755))
+
+    async def read_file(self, op: ops.ReadFile) -> bytes:
+        return (await self._run(op)) or b""
 
     async def write_file(self, op: ops.WriteFile) -> int:
         result = await self._run(op)
@@ -107,6 +114,12 @@ async def until(condition: Callable[[], Any]) -> None:
         await asyncio.sleep(0)
 
 
+async def settled() -> None:
+    """Turns enough for whatever had arrived to be read, if it is read at all."""
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+
+
 class TestEager:
     @on_both_loops
     async def test_answers_without_a_task(self) -> None:
@@ -125,7 +138,7 @@ class TestEager:
 
     @on_both_loops
     async def test_more_requests_than_a_burst(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatcher, "BURST", 4)
+        monkeypatch.setattr(channel, "BURST", 4)
         async with served(Scripted()) as kernel:
             sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(10)]
             assert [(await kernel.reply()).unique for _ in sent] == sent
@@ -228,6 +241,44 @@ class TestWaiting:
                 await kernel.reply()
         assert seen == [(0, True)] * 3
 
+    @pytest.mark.parametrize("waits", [False, True], ids=["eager", "waiting"])
+    @on_both_loops
+    async def test_context_variables_of_the_first_step(self, waits: bool) -> None:
+        """What it sets is seen by no other handler, and its tokens are good after it waited."""
+        variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+        seen = []
+
+        async def script(op: ops.Op) -> None:
+            seen.append(variable.get())
+            token = variable.set(op.unique)
+            if waits:
+                await asyncio.sleep(0)
+                variable.reset(token)
+                seen.append(variable.get())
+
+        async with served(Scripted(script)) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(3)]
+            assert [(await kernel.reply())[:2] for _ in sent] == [(unique, 0) for unique in sent]
+        assert set(seen) == {0}
+
+    @on_both_loops
+    async def test_who_keeps_the_task_does_not_touch_the_next_request(self) -> None:
+        """A handler that never waits is finished when it has returned, whoever cancels it later."""
+        kept: list[Any] = []
+
+        async def script(op: ops.Op) -> None:
+            if len(kept) < 2:
+                kept.append(asyncio.current_task())
+                return
+            for task in kept:
+                assert task is not asyncio.current_task()
+                assert task.done() and not task.cancel()
+            await asyncio.sleep(0)
+
+        async with served(Scripted(script)) as kernel:
+            for _ in range(4):
+                assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == 0
+
     @on_both_loops
     async def test_timeout_is_caught_inside(self) -> None:
         async def script(op: ops.Op) -> None:
@@ -258,7 +309,7 @@ class TestWaiting:
 
         async with served(Scripted(script)) as kernel:
             assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == errno.EIO
-        assert "no asyncio future" in caplog.text
+        assert "no future of this event loop" in caplog.text
 
     @on_both_loops
     async def test_written_data_stays_while_others_come(self) -> None:
@@ -512,6 +563,85 @@ class TestErrors:
             ):
                 assert (await kernel.call(Opcode.GETXATTR, struct.pack("=II", size, 0) + b"user.a\0"))[1:] == expected
 
+    @pytest.mark.parametrize("handler", [lambda op: AttributesReply(ATTRIBUTES), lambda op: 1 / 0, lambda: None])
+    @on_both_loops
+    async def test_handler_that_is_no_coroutine_function(
+        self, handler: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        filesystem = Scripted()
+        filesystem.get_inode_attributes = handler  # type: ignore[method-assign]
+        async with served(filesystem) as kernel:
+            assert (await kernel.call(Opcode.GETATTR, GETATTR))[1:] == (errno.EIO, b"")
+            await kernel.nothing_more()
+        assert "GETATTR failed" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("result", "expected"),
+        [
+            (b"", b""),
+            (bytearray(b"0123456789"), b"0123456789"),
+            ([b"01234", memoryview(b"56789")], b"0123456789"),
+            ([b"x"] * 3000, b"x" * 3000),
+            (memoryview(array.array("I", [1, 2])), array.array("I", [1, 2]).tobytes()),
+            (array.array("H", [7, 8, 9]), None),
+            (memoryview(bytes(4096)).cast("I"), bytes(4096)),
+            (memoryview(bytes(4100)).cast("I"), None),
+            (memoryview(bytes(100))[::2], None),
+            ("text", None),
+            (["text"], None),
+            ([1, 2], None),
+            (None, None),
+            (7, None),
+        ],
+        ids=lambda value: repr(value)[:40],
+    )
+    @on_both_loops
+    async def test_results_of_read(
+        self, result: object, expected: bytes | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Reading(FileSystem):
+            async def read_file(self, op: ops.ReadFile) -> Any:
+                return result
+
+        async with served(Reading()) as kernel:
+            reply = await kernel.call(Opcode.READ, struct.pack("=QQIIQII", 3, 0, 4096, 0, 0, 1, 0))
+            assert reply[1:] == ((errno.EIO, b"") if expected is None else (0, expected))
+        assert ("which is no reply to it" in caplog.text) == (expected is None)
+
+    @on_both_loops
+    async def test_request_that_comes_twice(self, caplog: pytest.LogCaptureFixture) -> None:
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            kernel.send_again()
+            assert await kernel.reply() == (unique, errno.EIO, b"")
+            gate.open(unique)
+            assert (await kernel.reply())[:2] == (unique, 0)
+            await kernel.nothing_more()
+        assert "in flight already" in caplog.text
+
+    @on_both_loops
+    async def test_ids_of_what_has_no_reply_are_another_space(self) -> None:
+        """A NOTIFY_REPLY bears an id that we gave; a FORGET whose handler waits has none worth keeping."""
+        gate = Gate()
+
+        class Forgetting(Scripted):
+            async def forget_inode(self, op: ops.ForgetInode) -> None:
+                await asyncio.sleep(0)
+                self.undone.append(op)
+
+        filesystem = Forgetting(gate)
+        async with served(filesystem) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            for opcode in (Opcode.NOTIFY_REPLY, Opcode.FORGET, Opcode.FORGET):
+                kernel.send_bytes(request(opcode, BODIES[opcode], unique=unique))
+            await kernel.nothing_more()
+            gate.open(unique)
+            assert (await kernel.reply())[:2] == (unique, 0)
+        assert len(filesystem.undone) == 2
+
     @on_both_loops
     async def test_malformed_requests(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.ERROR)
@@ -601,16 +731,36 @@ class TestUndo:
         ] == undone
 
 
-class TestBackPressure:
+class Batching(Scripted):
+    """Handlers that wait until ``end_of_burst`` lets all of them go on."""
+
+    def __init__(self) -> None:
+        super().__init__(self.join)
+        self.batch: list[asyncio.Future[None]] = []
+        self.sizes: list[int] = []
+
+    async def join(self, op: ops.Op) -> None:
+        future = asyncio.get_running_loop().create_future()
+        self.batch.append(future)
+        await future
+
+    def end_of_burst(self) -> None:
+        if self.batch:
+            self.sizes.append(len(self.batch))
+            for future in self.batch:
+                future.set_result(None)
+            self.batch = []
+
+
+class TestLimits:
     @on_both_loops
-    async def test_running_handlers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatcher, "MAX_RUNNING", 2)
+    async def test_number_of_requests(self) -> None:
         gate = Gate()
         filesystem = Scripted(gate)
-        async with served(filesystem) as kernel:
+        async with served(filesystem, settings=Settings(max_in_flight=2)) as kernel:
             sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(5)]
             await until(lambda: len(gate.futures) == 2)
-            await asyncio.sleep(0.02)
+            await settled()
             assert filesystem.started == sent[:2]
             for number, unique in enumerate(sent):
                 most = min(5, number + 2)
@@ -620,28 +770,49 @@ class TestBackPressure:
                 assert (await kernel.reply()).unique == unique
             await kernel.nothing_more()
 
+    @pytest.mark.parametrize(
+        ("opcode", "body", "each"),
+        [
+            (Opcode.WRITE, write_body(bytes(IN_PLACE + 1)), agreement().buffer_size),
+            (Opcode.WRITE, write_body(bytes(IN_PLACE)), 80 + IN_PLACE),
+            (Opcode.READ, struct.pack("=QQIIQII", 3, 0, 50_000, 0, 0, 1, 0), 80 + 50_000),
+        ],
+        ids=["write, which keeps its buffer", "small write", "read"],
+    )
     @on_both_loops
-    async def test_buffers_of_writes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(dispatcher, "MAX_BUFFERS", 2)
+    async def test_bytes_of_requests(self, opcode: Opcode, body: bytes, each: int) -> None:
         gate = Gate()
         filesystem = Scripted(gate)
-        async with served(filesystem) as kernel:
-            sent = [kernel.send(Opcode.WRITE, write_body(b"data")) for _ in range(4)]
-            await until(lambda: len(gate.futures) == 2)
-            await asyncio.sleep(0.02)
-            assert filesystem.started == sent[:2]
-            for unique in sent:
-                await until(partial(gate.futures.get, unique))
-                gate.open(unique)
-                assert (await kernel.reply()).unique == unique
-            await kernel.nothing_more()
+        for limit in (2 * each - 1, 2 * each):
+            filesystem.started.clear()
+            async with served(filesystem, settings=Settings(max_bytes_in_flight=limit)) as kernel:
+                sent = [kernel.send(opcode, body) for _ in range(4)]
+                await until(partial(filesystem.has_started, 2))
+                await settled()
+                assert filesystem.started == sent[:2]
+                for unique in sent:
+                    await until(partial(gate.futures.get, unique))
+                    gate.open(unique)
+                    assert (await kernel.reply()).unique == unique
+                await kernel.nothing_more()
 
     @on_both_loops
-    async def test_locks_that_wait_do_not_keep_others_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_one_request_beyond_the_bytes(self) -> None:
+        """The largest request is served whatever the bound is, one at a time."""
+
+        async def script(op: ops.Op) -> None:
+            await asyncio.sleep(0)
+
+        async with served(Scripted(script), settings=Settings(max_in_flight=1, max_bytes_in_flight=1)) as kernel:
+            for size in (1, 50_000):
+                sent = [kernel.send(Opcode.WRITE, write_body(bytes(size))) for _ in range(3)]
+                assert [(await kernel.reply())[:2] for _ in sent] == [(unique, 0) for unique in sent]
+
+    @on_both_loops
+    async def test_locks_that_wait_do_not_keep_others_out(self) -> None:
         """The request that will end their wait, or the INTERRUPT, must be read, however many wait."""
-        monkeypatch.setattr(dispatcher, "MAX_RUNNING", 2)
         gate = Gate()
-        async with served(Scripted(gate)) as kernel:
+        async with served(Scripted(gate), settings=Settings(max_in_flight=2)) as kernel:
             sent = [kernel.send(Opcode.SETLKW, BODIES[Opcode.SETLKW]) for _ in range(5)]
             await until(lambda: len(gate.futures) == 5)
             kernel.interrupt(sent[4])
@@ -649,6 +820,127 @@ class TestBackPressure:
             for unique in sent[:4]:
                 gate.open(unique)
                 assert (await kernel.reply()).unique == unique
+
+    @on_both_loops
+    async def test_locks_that_wait_have_a_bound_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "MOST_LOCK_WAITS", 2)
+        gate = Gate()
+        async with served(Scripted(gate)) as kernel:
+            sent = [kernel.send(Opcode.SETLKW, BODIES[Opcode.SETLKW]) for _ in range(3)]
+            assert (await kernel.reply())[:2] == (sent[2], errno.ENOLCK)
+            for unique in sent[:2]:
+                gate.open(unique)
+                assert (await kernel.reply())[:2] == (unique, 0)
+
+    @pytest.mark.parametrize("clean_up", [False, True], ids=["cancelled", "cleans up for long"])
+    @on_both_loops
+    async def test_the_end_is_noticed_at_the_bound(self, clean_up: bool) -> None:
+        """Although nothing is read and no handler would ever finish."""
+        gate = Gate()
+
+        async def script(op: ops.Op) -> None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                if clean_up:
+                    await gate(op)
+
+        filesystem = Scripted(script)
+        async with served(filesystem, settings=Settings(max_in_flight=2), channels=2) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(3)]
+            await until(partial(filesystem.has_started, 2))
+            kernel.close()
+            assert await kernel.dispatcher.ended == errno.ENODEV
+            if clean_up:
+                await until(lambda: len(gate.futures) == 2)
+                for unique in sent[:2]:
+                    gate.open(unique)
+        assert filesystem.started == filesystem.finished == sent[:2]
+
+    @on_both_loops
+    async def test_end_of_burst_comes_at_the_bound(self) -> None:
+        """What handlers wait for together is ended although more requests are there than may be in flight."""
+        filesystem = Batching()
+        async with served(filesystem, settings=Settings(max_in_flight=4)) as kernel:
+            sent = [kernel.send(Opcode.MKDIR, MKDIR) for _ in range(10)]
+            assert sorted([(await kernel.reply()).unique for _ in sent]) == sent
+        assert max(filesystem.sizes) <= 4
+
+    @pytest.mark.parametrize("limits", [{"max_in_flight": 0}, {"max_bytes_in_flight": -1}])
+    def test_limits_that_make_no_sense(self, limits: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="at least 1"):
+            Settings(**limits)
+
+
+class TestChannels:
+    @on_both_loops
+    async def test_reply_goes_where_the_request_came_from(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate), channels=3) as kernel:
+            sent = [kernel.send(Opcode.GETATTR, GETATTR, channel=channel) for channel in range(3)]
+            await until(lambda: len(gate.futures) == 3)
+            await kernel.nothing_more()
+            for channel in (1, 2, 0):
+                gate.open(sent[channel])
+                assert (await kernel.reply(channel))[:2] == (sent[channel], 0)
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_all_pause_at_the_bound(self) -> None:
+        gate = Gate()
+        filesystem = Scripted(gate)
+        async with served(filesystem, settings=Settings(max_in_flight=1), channels=2) as kernel:
+            first = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: filesystem.started)
+            second = kernel.send(Opcode.GETATTR, GETATTR, channel=1)
+            await settled()
+            assert filesystem.started == [first]
+            gate.open(first)
+            await until(partial(filesystem.has_started, 2))
+            gate.open(second)
+            assert (await kernel.reply(1))[:2] == (second, 0)
+
+    @on_both_loops
+    async def test_interrupt_on_another_channel(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate), channels=2) as kernel:
+            unique = kernel.send(Opcode.GETATTR, GETATTR, channel=1)
+            await until(lambda: gate.futures)
+            kernel.interrupt(unique)
+            assert await kernel.reply(1) == (unique, errno.EINTR, b"")
+            await kernel.nothing_more()
+
+    @on_both_loops
+    async def test_interrupt_before_its_request(self) -> None:
+        gate = Gate()
+        async with served(Scripted(gate), channels=2) as kernel:
+            kernel.interrupt(kernel.next_unique)
+            await kernel.call(Opcode.LOOKUP, b"n\0")  # takes the id and does not wait
+            kernel.interrupt(kernel.next_unique)
+            kernel.interrupt(1 << 40)
+            await settled()
+            unique = kernel.send(Opcode.GETATTR, GETATTR, channel=1)
+            assert await kernel.reply(1) == (unique, errno.EINTR, b"")
+            kernel.interrupt(kernel.next_unique)
+            await settled()
+            unique = kernel.send(Opcode.MKDIR, MKDIR, channel=1)
+            await until(lambda: unique in gate.futures)
+            gate.open(unique)
+            assert (await kernel.reply(1))[:2] == (unique, 0)
+
+    @on_both_loops
+    async def test_interrupts_of_nothing_are_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(dispatcher, "MOST_EARLY", 4)
+        gate = Gate()
+        async with served(Scripted(gate), channels=2) as kernel:
+            kernel.interrupt(kernel.next_unique)
+            for number in range(4):
+                kernel.interrupt((1 << 40) + 2 * number)
+            await settled()
+            unique = kernel.send(Opcode.GETATTR, GETATTR)
+            await until(lambda: gate.futures)
+            gate.open(unique)
+            assert (await kernel.reply())[:2] == (unique, 0)
 
 
 class TestEnd:
@@ -697,25 +989,6 @@ class TestEnd:
 @on_both_loops
 async def test_end_of_burst() -> None:
     """It comes when all that had arrived is started and some of it waits; what it lets go on is answered."""
-
-    class Batching(Scripted):
-        def __init__(self) -> None:
-            super().__init__(self.join)
-            self.batch: list[asyncio.Future[None]] = []
-            self.sizes: list[int] = []
-
-        async def join(self, op: ops.Op) -> None:
-            future = asyncio.get_running_loop().create_future()
-            self.batch.append(future)
-            await future
-
-        def end_of_burst(self) -> None:
-            if self.batch:
-                self.sizes.append(len(self.batch))
-                for future in self.batch:
-                    future.set_result(None)
-                self.batch = []
-
     filesystem = Batching()
     async with served(filesystem) as kernel:
         sent = [kernel.send(Opcode.MKDIR, MKDIR) for _ in range(10)]

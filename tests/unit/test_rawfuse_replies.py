@@ -181,8 +181,8 @@ def test_read_buffers_are_not_joined() -> None:
     pieces = [memoryview(b"one"), memoryview(b"two")]
     message = function(OPS[Opcode.READ], list(pieces))
     assert isinstance(message, list)
-    assert message[1] is pieces[0]
-    assert message[2] is pieces[1]
+    assert isinstance(message[1], memoryview) and message[1].obj is pieces[0].obj
+    assert isinstance(message[2], memoryview) and message[2].obj is pieces[1].obj
 
 
 def test_sizes_of_xattrs() -> None:
