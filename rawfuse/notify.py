@@ -19,7 +19,7 @@ from rawfuse._kernel import lib
 from rawfuse.abi import InitFlag, NotifyCode
 from rawfuse.device import Device
 from rawfuse.errors import FuseError
-from rawfuse.negotiate import Agreement
+from rawfuse.negotiate import PAGE, Agreement
 from rawfuse.ops import NotifyReply
 from rawfuse.wire import Buffer, Codec, OutMessage
 
@@ -42,7 +42,7 @@ _EPOCH_MINOR, _PRUNE_MINOR = 44, 45
 class Notifier:
     """All nine notifications. Those about cached things return False when the kernel had nothing cached (ENOENT), which
     usually is what was wanted; other failures raise ``FuseError``: ENOSYS when the kernel is too old for one, EINVAL,
-    ENOTEMPTY and EBUSY (DELETE)."""
+    ENOTEMPTY and EBUSY (DELETE), ENOTCONN for those who still wait when the connection ends, and from then on."""
 
     def __init__(self, device: Device, agreement: Agreement) -> None:
         self._device = device
@@ -51,6 +51,7 @@ class Notifier:
         self._slots = asyncio.Semaphore(MOST_QUEUED)
         self._uniques = itertools.count(1)
         self._retrieving: dict[int, asyncio.Future[bytes]] = {}
+        self._ended = False
 
     async def wake_poll(self, kh: int) -> None:
         """POLL: what ``Poll.kh`` stands for may be ready."""
@@ -76,7 +77,9 @@ class Notifier:
         return await self._send(NotifyCode.STORE, _STORE.pack(ino, offset, len(data)), data)
 
     async def retrieve(self, ino: int, offset: int, size: int) -> bytes | None:
-        """RETRIEVE: what the page cache holds from ``offset`` on, at most ``size`` bytes; None for an unknown inode."""
+        """RETRIEVE: what the page cache holds from ``offset`` on without a gap, at most ``size`` bytes and at most one
+        WRITE's; None for an unknown inode."""
+        size = min(size, self._most_retrieved())
         unique = next(self._uniques) << 1
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._retrieving[unique] = answer
@@ -113,21 +116,33 @@ class Notifier:
         if self._agreement.minor < minor:
             raise FuseError(errno.ENOSYS, f"the kernel cannot {what}: it speaks FUSE 7.{self._agreement.minor}")
 
+    def _most_retrieved(self) -> int:
+        """Bytes. Linux 6.18 panics when data and header of an answer together do not fit a buffer of the ring."""
+        over_ring = self._agreement.flags & InitFlag.OVER_IO_URING
+        return self._agreement.max_write - (PAGE if over_ring else 0)
+
     async def _send(self, code: NotifyCode, *body: Buffer) -> bool:
         message = OutMessage(0, body, error=code)
         async with self._slots:
+            if self._ended:
+                raise FuseError(errno.ENOTCONN)
             loop = asyncio.get_running_loop()
-            result = await loop.run_in_executor(self._thread, self._device.write, message.buffers)
+            result = await loop.run_in_executor(self._thread, self._write, message)
         if result >= 0:
             return True
         if -result in _NOT_CACHED:
             return False
         raise FuseError(-result, f"{code.name}: {os.strerror(-result)}")
 
-    def close(self) -> None:
-        """End the thread; whoever awaits a retrieval gets ENOTCONN. Blocks until a notification being written has
-        returned, so call it when the connection is down."""
+    def _write(self, message: OutMessage) -> int:
+        return -errno.ENOTCONN if self._ended else self._device.write(message.buffers)
+
+    async def close(self) -> None:
+        """End it: whoever waits gets ENOTCONN. Returns when a notification that is being written has returned; what it
+        waits for in the kernel may be the reply to a request, so call it when the connection is down, or while requests
+        are still served."""
+        self._ended = True
         for answer in self._retrieving.values():
             if not answer.done():
                 answer.set_exception(FuseError(errno.ENOTCONN))
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)

@@ -138,11 +138,11 @@ class Session:
             await dispatcher.ended
         finally:
             try:
+                if self.notifier is not None:
+                    await self.notifier.close()
                 await dispatcher.drained()
                 await self.filesystem.destroy()
             finally:
-                if self.notifier is not None:
-                    await asyncio.to_thread(self.notifier.close)
                 device.close()
                 self._device = None
 
@@ -150,7 +150,8 @@ class Session:
         """Unmount; ``serve`` returns afterwards. EBUSY while files are open. ``lazy``: detach at once and end the
         connection; programs that still have files open get ENOTCONN from then on."""
         await asyncio.to_thread(unmount, self.mountpoint, lazy=lazy)
-        if lazy and self._dispatcher is not None:
+        if lazy and self._dispatcher is not None and self.notifier is not None:
+            await self.notifier.close()
             self._dispatcher.end(errno.ENODEV)
 
 
