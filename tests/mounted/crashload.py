@@ -15,7 +15,7 @@ import stat
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.mounted.syscalls import KEEP_SIZE, PUNCH_HOLE, RENAME_EXCHANGE, fallocate, opened, rename2
+from rawfuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE, RENAME_EXCHANGE, fallocate, opened, rename2
 
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV, errno.ENOENT, errno.EIO)
 """What calls return on a file system whose server has ended; ENOENT after a lazy unmount."""

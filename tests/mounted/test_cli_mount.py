@@ -9,14 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.mounted.harness import REPOSITORY, Watchdog, find_mount, mounts, umount_syscall
+from rawfuse.testing.fixtures import make_scratch
+from rawfuse.testing.mounts import find_mount, mounts, umount_syscall
+from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import REPOSITORY
 
 DETACH = 2
 
@@ -86,7 +88,7 @@ class Place:
 
 @pytest.fixture
 def place(watchdog: Watchdog) -> Iterator[Place]:
-    scratch = Path(tempfile.mkdtemp(prefix="polefs-cli-", dir=os.environ.get("POLEFS_TEST_DIR"))).resolve()
+    scratch = make_scratch("polefs-cli")
     scratch.chmod(0o755)
     place = Place(scratch)
     try:

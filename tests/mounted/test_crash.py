@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from rawfuse.testing.mounts import umount_syscall
+from rawfuse.testing.peer import Peer
+from rawfuse.testing.syscalls import fails, link_fd, opened, read_file, write_file
 from tests.mounted.crashload import (
     Outcome,
     State,
@@ -23,10 +26,7 @@ from tests.mounted.crashload import (
     read_state,
     run_load,
 )
-from tests.mounted.harness import STRESS, fsck, umount_syscall
-from tests.mounted.peer import Peer
-from tests.mounted.syscalls import fails, link_fd, opened, read_file, write_file
-from tests.mounted.targets import PolefsTarget
+from tests.mounted.targets import STRESS, PolefsTarget, fsck
 
 ROUNDS = 100 if STRESS else 6
 WORKERS = 3
@@ -92,7 +92,7 @@ def forget_times(state: State) -> None:
             file.mtime = None
 
 
-@pytest.mark.deadline(3600 if STRESS else 240)
+@pytest.mark.deadline(240)
 def test_kill_under_load(volume: PolefsTarget, volume_root: Path) -> None:
     """Rounds of random length: some shorter, some longer than the time after which data is written back."""
     crashes = Crashes(volume, volume_root, seed=1)

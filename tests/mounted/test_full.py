@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import Server, Watchdog, fsck, polefs_command, umount_syscall
+from rawfuse.testing.mounts import umount_syscall
+from rawfuse.testing.server import Server
+from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import fsck, polefs_command
 
 
 class FullVolume:

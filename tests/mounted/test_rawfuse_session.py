@@ -17,8 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import FUSECTL, REPOSITORY, Server, Watchdog, find_mount, umount_syscall
-from tests.mounted.syscalls import fails
+from rawfuse.testing.mounts import FUSECTL, find_mount, umount_syscall
+from rawfuse.testing.server import Server
+from rawfuse.testing.syscalls import fails
+from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import REPOSITORY
 
 NOBODY = 65534
 LOOPS = pytest.mark.parametrize("loop", [[], ["--asyncio"]], ids=["uvloop", "asyncio"])

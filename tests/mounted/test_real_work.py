@@ -7,17 +7,16 @@ import shutil
 import sqlite3
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import STRESS
-from tests.mounted.peer import ALICE, Peer
-from tests.mounted.syscalls import opened, write_file
-from tests.mounted.targets import PolefsTarget
-from tests.mounted.trees import assert_same, link_groups, record
+from rawfuse.testing.fixtures import make_scratch
+from rawfuse.testing.peer import ALICE, Peer
+from rawfuse.testing.syscalls import opened, write_file
+from rawfuse.testing.trees import assert_same, link_groups, record
+from tests.mounted.targets import STRESS, PolefsTarget
 
 SOURCES = 20_000 if STRESS else 2_000
 """Files in the source tree."""
@@ -59,7 +58,7 @@ def copy_sources(target: Path) -> None:
 @pytest.fixture(scope="module")
 def scratch(namespace: None) -> Iterator[Path]:
     """A directory on the local disk."""
-    path = Path(tempfile.mkdtemp(prefix="polefs-work-", dir=os.environ.get("POLEFS_TEST_DIR")))
+    path = make_scratch("polefs-work")
     yield path
     shutil.rmtree(path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.syscalls import (
+from rawfuse.testing.syscalls import (
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
     RENAME_WHITEOUT,

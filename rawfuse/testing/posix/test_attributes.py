@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.peer import ALICE
-from tests.mounted.syscalls import (
+from rawfuse.testing.peer import ALICE
+from rawfuse.testing.syscalls import (
     UTIME_NOW,
     UTIME_OMIT,
     fails,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.peer import Peer
-from tests.mounted.syscalls import fails, ofd_lock, opened, posix_lock_owner, write_file
+from rawfuse.testing.peer import Peer
+from rawfuse.testing.syscalls import fails, ofd_lock, opened, posix_lock_owner, write_file
 
 EX, SH, UN, NB = fcntl.LOCK_EX, fcntl.LOCK_SH, fcntl.LOCK_UN, fcntl.LOCK_NB
 RD, WR, FREE = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.syscalls import (
-    COLLAPSE_RANGE,
+from rawfuse.testing.syscalls import (
     EOPNOTSUPP,
     KEEP_SIZE,
     PUNCH_HOLE,
@@ -25,11 +24,6 @@ from tests.mounted.syscalls import (
 RW = os.O_RDWR | os.O_CREAT
 BLOCK = 65536
 """Holes in these tests are whole multiples of this, so that every file system can keep them."""
-
-
-@pytest.fixture
-def is_local(target: object) -> bool:
-    return getattr(target, "name", "") == "local"
 
 
 def regions(fd: int) -> list[tuple[int, int]]:
@@ -168,7 +162,7 @@ class TestFallocate:
                 fallocate(fd, mode, 0, 30_000)
             assert (root / "f").stat().st_mtime_ns > 10**18, mode
 
-    def test_errors(self, root: Path, is_local: bool) -> None:
+    def test_errors(self, root: Path) -> None:
         write_file(root / "f", b"x" * 20_000)
         with opened(root / "f") as fd, fails(errno.EBADF):
             fallocate(fd, 0, 0, 10)
@@ -180,9 +174,6 @@ class TestFallocate:
                 fallocate(fd, PUNCH_HOLE, 0, 10)
             with fails(errno.EFBIG):
                 fallocate(fd, 0, 2**63 - 1, 10)
-            if not is_local:
-                with fails(EOPNOTSUPP):
-                    fallocate(fd, COLLAPSE_RANGE, 0, 4096)
         with opened(root) as fd, fails(errno.EBADF, errno.EISDIR, errno.ENODEV):
             fallocate(fd, 0, 0, 10)
 
@@ -199,8 +190,9 @@ class TestLarge:
             assert os.pread(fd, 6, (4 << 30) - 3) == b"across"
             assert os.fstat(fd).st_size == (4 << 30) + 8
 
-    def test_16_tib(self, root: Path, is_local: bool) -> None:
-        end = (1 << 44) - (BLOCK if is_local else 0)  # ext4 ends a block before
+    @pytest.mark.fuse_needs("large-file")
+    def test_16_tib(self, root: Path) -> None:
+        end = 1 << 44
         with opened(root / "f", RW) as fd:
             os.pwrite(fd, b"start", 0)
             os.pwrite(fd, b"end", end - BLOCK)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import STRESS
-from tests.mounted.peer import Peer
-from tests.mounted.syscalls import (
+from rawfuse.testing.peer import Peer
+from rawfuse.testing.syscalls import (
     KEEP_SIZE,
     PUNCH_HOLE,
     ZERO_RANGE,
@@ -340,10 +339,10 @@ def _poke(path: Path, at: int, value: int) -> None:
 class TestExerciser:
     """Random operations of every kind on one file against a byte array, as fsx does."""
 
-    @pytest.mark.parametrize("seed", range(40 if STRESS else 4))
+    @pytest.mark.parametrize("seed", range(4))
     @pytest.mark.parametrize("limit", [6_000, 300_000])
-    def test_random(self, root: Path, seed: int, limit: int) -> None:
-        Exerciser(root, random.Random(seed), limit).run(3000 if STRESS else 500)
+    def test_random(self, root: Path, seed: int, limit: int, fuse_stress: bool) -> None:
+        Exerciser(root, random.Random(seed), limit).run(50_000 if fuse_stress else 500)
 
 
 class Exerciser:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import STRESS
-from tests.mounted.syscalls import DirectoryStream, fails, write_file
+from rawfuse.testing.syscalls import DirectoryStream, fails, write_file
 
-ENTRIES = 1_000_000 if STRESS else 20_000
 DOTS = {b".", b".."}
 
 
@@ -30,22 +28,23 @@ def fill(directory: Path, numbers: range) -> None:
         os.close(here)
 
 
-@pytest.mark.deadline(3600 if STRESS else 120)
-def test_big(root: Path) -> None:
+@pytest.mark.deadline(120)
+def test_big(root: Path, fuse_stress: bool) -> None:
     """Filled, listed whole while a part is removed and added, emptied."""
-    fill(root, range(ENTRIES))
-    assert len(os.listdir(root)) == ENTRIES
+    entries = 1_000_000 if fuse_stress else 20_000
+    fill(root, range(entries))
+    assert len(os.listdir(root)) == entries
     seen: Counter[bytes] = Counter()
     removed, added = 0, 0
     with DirectoryStream(root) as stream:
         for count, found in enumerate(stream.names()):
             seen[found] += 1
-            if count % 10 == 0 and removed < ENTRIES // 20:
+            if count % 10 == 0 and removed < entries // 20:
                 os.unlink(root / name(removed * 2))
                 removed += 1
                 os.mknod(root / f"new{added}", 0o100644)
                 added += 1
-    stayed = {name(number).encode() for number in range(ENTRIES) if number % 2 or number >= removed * 2}
+    stayed = {name(number).encode() for number in range(entries) if number % 2 or number >= removed * 2}
     assert all(seen[entry] == 1 for entry in stayed), "an entry that stayed was listed not once"
     assert max(seen.values()) == 1
     assert set(os.listdir(root)) == {entry.decode() for entry in stayed} | {f"new{i}" for i in range(added)}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.peer import Peer
-from tests.mounted.syscalls import fails, link_fd, opened, read_file, write_file
+from rawfuse.testing.peer import Peer
+from rawfuse.testing.syscalls import fails, link_fd, opened, read_file, write_file
 
 RW = os.O_RDWR | os.O_CREAT
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.peer import ALICE, BOB, ROOT, STAFF, Peer, User, as_user
-from tests.mounted.syscalls import UTIME_NOW, fails, opened, read_file, utimensat_raw, write_file
+from rawfuse.testing.peer import ALICE, BOB, ROOT, STAFF, Peer, User, as_user
+from rawfuse.testing.syscalls import UTIME_NOW, fails, opened, read_file, utimensat_raw, write_file
 
 Calls = tuple[tuple[Callable[..., object], tuple[object, ...]], ...]
 

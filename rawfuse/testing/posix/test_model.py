@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from tests.mounted.harness import STRESS
-from tests.mounted.peer import ALICE, Peer
-from tests.mounted.syscalls import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, link_fd, rename2
-from tests.mounted.targets import PolefsTarget, Target
+from rawfuse.testing.fixtures import make_scratch
+from rawfuse.testing.peer import ALICE, Peer
+from rawfuse.testing.syscalls import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate, link_fd, rename2
+from rawfuse.testing.target import Target
 
 NAMES = ("a", "b", "c")
 paths = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
@@ -386,27 +386,26 @@ class Comparison(RuleBasedStateMachine):
         for slot in list(self.slots):
             self.release(slot)
         self.compare_contents()
-        if self.remount and isinstance(self.target, PolefsTarget):
+        if self.remount and "remount" not in self.target.spec.lacks:
             self.target.remount()
             self.same_attributes()
             self.compare_contents()
 
 
-@pytest.mark.deadline(7200 if STRESS else 240)
-def test_same_as_a_plain_directory(root: Path, target: Target) -> None:
+@pytest.mark.deadline(240)
+def test_same_as_a_plain_directory(root: Path, target: Target, fuse_stress: bool) -> None:
     """Every tenth run ends with an unmount and a mount, after which all must still be the same."""
-    local = Path(tempfile.mkdtemp(prefix="polefs-compare-", dir=os.environ.get("POLEFS_TEST_DIR")))
-    local.chmod(0o755)
+    local = make_scratch("compare")
     runs = iter(range(1_000_000))
     try:
         with Peer(ALICE) as alice:
             run_state_machine_as_test(
                 lambda: Comparison(target, root, local, alice, remount=next(runs) % 10 == 9),  # type: ignore[arg-type]
                 settings=settings(
-                    max_examples=2000 if STRESS else 150,
-                    stateful_step_count=60 if STRESS else 40,
+                    max_examples=2000 if fuse_stress else 150,
+                    stateful_step_count=60 if fuse_stress else 40,
                     deadline=None,
-                    derandomize=not STRESS,
+                    derandomize=not fuse_stress,
                     database=None,
                     phases=(Phase.generate, Phase.shrink),
                     suppress_health_check=list(HealthCheck),

@@ -9,8 +9,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.mounted.peer import Peer
-from tests.mounted.syscalls import fails, opened, write_file
+from rawfuse.testing.peer import Peer
+from rawfuse.testing.syscalls import fails, opened, write_file
 
 LONG = "n" * 256
 
@@ -158,7 +158,7 @@ def test_process_file_size_limit(root: Path) -> None:
 
 
 def test_across_file_systems(root: Path, tmp_path: Path) -> None:
-    other = Path("/dev/shm") / f"polefs-test-{os.getpid()}"
+    other = Path("/dev/shm") / f"rawfuse-test-{os.getpid()}"
     other.mkdir()
     try:
         write_file(root / "f", b"x")
