@@ -461,7 +461,7 @@ def _allow_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source")
     parser.add_argument("--ttl", type=float, default=1, metavar="SECONDS", help="for names and attributes (1)")
     parser.add_argument("--no-passthrough", action="store_true", help="serve every READ and WRITE here")
@@ -476,4 +476,4 @@ def _make(arguments: argparse.Namespace) -> Mirror:
 
 
 if __name__ == "__main__":
-    main(_make, "mirror", _add_arguments)
+    main(_make, "mirror", add_arguments)

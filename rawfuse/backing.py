@@ -53,7 +53,7 @@ class _Inode:
     def __init__(self) -> None:
         self.handles = 0
         self.id = 0
-        self.file = (0, 0)
+        self.file: tuple[int, int] | None = None
 
 
 class BackingFiles:
@@ -140,6 +140,9 @@ class BackingFiles:
         return release_file_handle
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def _identity(fd: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None  # no descriptor at all: served here, as where registering it fails
     return status.st_dev, status.st_ino

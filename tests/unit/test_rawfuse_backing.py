@@ -207,6 +207,7 @@ class TestChoice:
         assert self.choose(backing, OpenFlag.KEEP_CACHE) == (PASSTHROUGH | DIRECT_IO, 1)
         assert self.choose(backing, fd=files.fds[1]) == (PASSTHROUGH | DIRECT_IO, 1)
         assert self.choose(backing, OpenFlag.STREAM, files.fds[0]) == (PASSTHROUGH | DIRECT_IO, 1)
+        assert self.choose(backing, fd=1 << 20) == (PASSTHROUGH | DIRECT_IO, 1)
 
     @pytest.mark.parametrize("first", [0, OpenFlag.KEEP_CACHE, DIRECT_IO])
     def test_other_handles_first(self, backing: BackingFiles, files: Files, first: int) -> None:
