@@ -29,6 +29,7 @@ from typing import Any
 from rawfuse import ops
 from rawfuse.abi import OpenFlag
 from rawfuse.device import Device
+from rawfuse.errors import FuseError
 from rawfuse.replies import Entry, OpenedFile
 
 log = logging.getLogger("rawfuse")
@@ -46,14 +47,14 @@ Handler = Callable[[Any], Coroutine[Any, Any, Any]]
 
 
 class _Inode:
-    """An inode with open handles. ``id`` 0: not in passthrough. ``file``: device and number of its backing file."""
+    """An inode with open handles. ``id`` 0: not in passthrough; ``device`` and ``number`` of its backing file."""
 
-    __slots__ = ("file", "handles", "id")
+    __slots__ = ("device", "handles", "id", "number")
 
     def __init__(self) -> None:
         self.handles = 0
         self.id = 0
-        self.file: tuple[int, int] | None = None
+        self.device = self.number = 0
 
 
 class BackingFiles:
@@ -65,21 +66,30 @@ class BackingFiles:
         self._device = device
         self._inodes: dict[int, _Inode] = {}
         self._complained: set[int] = set()
+        self._direct: dict[int, bool] = {}
 
-    def opened(self, nodeid: int, opened: OpenedFile) -> None:
-        """Choose how a new handle is served and write it into ``opened``: ``flags`` and ``backing_id``."""
+    def admit(self, nodeid: int, flags: int) -> None:
+        """Before an open. EINVAL for O_DIRECT on an inode in passthrough whose backing file, opened by the kernel with
+        the same flags, is on a file system that has no direct I/O."""
+        inode = self._inodes.get(nodeid)
+        if flags & os.O_DIRECT and inode is not None and inode.id and not self._direct[inode.device]:
+            raise FuseError(errno.EINVAL)
+
+    def opened(self, nodeid: int, opened: OpenedFile, open_flags: int = 0) -> None:
+        """Choose how a new handle, opened with ``open_flags`` (open(2)), is served, and write it into ``opened``:
+        ``flags`` and ``backing_id``."""
         flags = opened.flags & ~OpenFlag.PASSTHROUGH
         positioned = not flags & _STREAMS
         inode = self._inodes.get(nodeid)
         if inode is None:
             inode = self._inodes[nodeid] = _Inode()
             if opened.backing >= 0 and positioned:
-                self._register(inode, opened.backing)
+                self._register(inode, opened.backing, bool(open_flags & os.O_DIRECT))
         inode.handles += 1
         opened.backing_id = inode.id
         if inode.id:
             flags = flags & _COMPANIONS | OpenFlag.PASSTHROUGH
-            if opened.backing < 0 or not positioned or _identity(opened.backing) != inode.file:
+            if opened.backing < 0 or not positioned or _identity(opened.backing) != (inode.device, inode.number):
                 flags |= OpenFlag.DIRECT_IO
         opened.flags = int(flags)
 
@@ -94,13 +104,18 @@ class BackingFiles:
             if inode.id:
                 self._device.close_backing(inode.id)
 
-    def _register(self, inode: _Inode, fd: int) -> None:
+    def _register(self, inode: _Inode, fd: int, direct: bool) -> None:
         """Without success the inode is served as if no backing file had been given."""
         if self._complained.intersection(_HOPELESS):
             return
+        inode.device, inode.number = _identity(fd)
+        if inode.device not in self._direct:
+            self._direct[inode.device] = _has_direct_io(fd)
+        if direct and not self._direct[inode.device]:
+            return
         result = self._device.open_backing(fd)
         if result > 0:
-            inode.id, inode.file = result, _identity(fd)
+            inode.id = result
         elif -result not in self._complained:
             self._complained.add(-result)
             log.warning("no passthrough: BACKING_OPEN: %s", os.strerror(-result))
@@ -111,9 +126,10 @@ class BackingFiles:
         """For OPEN."""
 
         async def open_file(op: ops.OpenFile) -> Any:
+            self.admit(op.nodeid, op.flags)
             opened = await handler(op)
             if isinstance(opened, OpenedFile):
-                self.opened(op.nodeid, opened)
+                self.opened(op.nodeid, opened, op.flags)
             return opened
 
         return open_file
@@ -125,7 +141,7 @@ class BackingFiles:
             created = await handler(op)
             match created:
                 case (Entry(), OpenedFile()):
-                    self.opened(created[0].nodeid, created[1])
+                    self.opened(created[0].nodeid, created[1], op.flags)
             return created
 
         return create_file
@@ -140,9 +156,18 @@ class BackingFiles:
         return release_file_handle
 
 
-def _identity(fd: int) -> tuple[int, int] | None:
+def _identity(fd: int) -> tuple[int, int]:
+    """Device and inode number; zeros for what is no open descriptor, which is told when it is registered."""
     try:
         status = os.fstat(fd)
     except OSError:
-        return None  # no descriptor at all: served here, as where registering it fails
+        return 0, 0
     return status.st_dev, status.st_ino
+
+
+def _has_direct_io(fd: int) -> bool:
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True

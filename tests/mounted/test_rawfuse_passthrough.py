@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import STRESS, Server, Watchdog
+from tests.mounted.harness import STRESS, Server, Watchdog, mount_syscall, umount_syscall
 from tests.mounted.modes import MODES
 from tests.mounted.syscalls import fails
 from tests.mounted.test_rawfuse_session import example, scratch, served, trace_of
@@ -279,6 +279,27 @@ class TestMirror:
 
 
 class TestFallback:
+    def test_backing_file_system_without_direct_io(self, watchdog: Watchdog, scratch: Path, source: Path) -> None:
+        mount_syscall("none", str(source), "ramfs", 0)
+        try:
+            (source / "f").write_bytes(CONTENT)
+            with served(watchdog, scratch, example("mirror", source)) as server:
+                path = server.mountpoint / "f"
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+                assert os.pread(fd, 10, 0) == CONTENT[:10]
+                os.close(fd)
+                with open(path, "rb", buffering=0) as file:
+                    assert file.read() == CONTENT
+                    with fails(errno.EINVAL):
+                        os.open(path, os.O_RDONLY | os.O_DIRECT)
+                fd = os.open(server.mountpoint / "new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+                assert os.pwrite(fd, CONTENT, 0) == len(CONTENT)
+                os.close(fd)
+                server.unmount()
+            assert (source / "new").read_bytes() == CONTENT
+        finally:
+            umount_syscall(str(source))
+
     def test_switched_off(self, watchdog: Watchdog, scratch: Path, source: Path) -> None:
         command = example("mirror", "--no-passthrough", "--trace", scratch / "trace", source)
         with served(watchdog, scratch, command) as server:
