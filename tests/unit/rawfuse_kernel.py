@@ -21,6 +21,7 @@ from rawfuse.channel import DeviceChannel
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.dispatcher import Dispatcher
 from rawfuse.negotiate import Agreement, Settings
+from rawfuse.notify import Notifier
 from rawfuse.trace import Trace
 from rawfuse.wire import OUT_HEADER
 from tests.unit.rawfuse_helpers import request
@@ -62,7 +63,9 @@ def _as_device(result: int) -> int:
 class Kernel:
     """Sends requests and receives replies, on one channel or, each call saying which, on several."""
 
-    def __init__(self, ends: list[socket.socket], devices: list[PairDevice], dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, ends: list[socket.socket], devices: list[PairDevice], dispatcher: Dispatcher, notifier: Notifier
+    ) -> None:
         self._ends = ends
         for end in ends:
             end.settimeout(DEADLINE)
@@ -70,6 +73,7 @@ class Kernel:
         self._unique = 0
         self.device = devices[0]
         self.dispatcher = dispatcher
+        self.notifier = notifier
 
     def send(self, opcode: int, body: bytes = b"", *, nodeid: int = 7, channel: int = 0) -> int:
         """Returns the request's id."""
@@ -98,6 +102,13 @@ class Kernel:
         length, error, unique = OUT_HEADER.unpack_from(data)
         assert length == len(data)
         return Reply(unique, -error, data[OUT_HEADER.size :])
+
+    async def notification(self) -> tuple[int, bytes]:
+        """Code and body of the next one."""
+        data = await asyncio.to_thread(self._ends[0].recv, 1 << 20)
+        length, code, unique = OUT_HEADER.unpack_from(data)
+        assert (length, unique) == (len(data), 0)
+        return code, data[OUT_HEADER.size :]
 
     async def call(self, opcode: int, body: bytes = b"", *, nodeid: int = 7, channel: int = 0) -> Reply:
         """A request and its reply, which must be the next one."""
@@ -138,9 +149,10 @@ async def served(
         devices.append(PairDevice(theirs.detach()))
     agreed = agreement(flags)
     readers = [DeviceChannel(device, agreed.buffer_size, loop) for device in devices]
-    dispatcher = Dispatcher(readers, filesystem, agreed, settings or Settings(), loop, trace=trace)
+    notifier = Notifier(devices[0], agreed)
+    dispatcher = Dispatcher(readers, filesystem, agreed, settings or Settings(), loop, notifier, trace=trace)
     dispatcher.start()
-    kernel = Kernel(ends, devices, dispatcher)
+    kernel = Kernel(ends, devices, dispatcher, notifier)
     try:
         yield kernel
     except BaseException:
@@ -149,6 +161,7 @@ async def served(
     else:
         kernel.close()
         assert await dispatcher.ended == errno.ENODEV
+        await notifier.close()
         await dispatcher.drained()
     finally:
         kernel.close()

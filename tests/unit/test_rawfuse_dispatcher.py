@@ -34,7 +34,6 @@ from rawfuse import (
 )
 from rawfuse.decode import IN_PLACE
 from rawfuse.running import Running
-from rawfuse.table import TABLE
 from tests.unit.rawfuse_helpers import HEADER, request
 from tests.unit.rawfuse_kernel import agreement, on_both_loops, served
 from tests.unit.test_rawfuse_table import DECODED
@@ -142,16 +141,6 @@ class TestEager:
         async with served(Scripted()) as kernel:
             sent = [kernel.send(Opcode.GETATTR, GETATTR) for _ in range(10)]
             assert [(await kernel.reply()).unique for _ in sent] == sent
-
-    @on_both_loops
-    async def test_what_was_left_out(self) -> None:
-        """Each opcode's default, and success for what has nothing to do."""
-        async with served(FileSystem()) as kernel:
-            for opcode, row in TABLE.items():
-                if row.encode is None or opcode == Opcode.STATFS:
-                    continue
-                reply = await kernel.call(opcode, BODIES[Opcode(opcode)])
-                assert (reply.error, reply.body) == (row.default, b""), Opcode(opcode).name
 
     @on_both_loops
     async def test_declined(self) -> None:
