@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import STRESS, Server, Watchdog, mount_syscall, umount_syscall
+from rawfuse.testing.mounts import MNT_DETACH, mount_syscall, umount_syscall
+from rawfuse.testing.plugin import FuseMount
+from rawfuse.testing.server import Server
+from rawfuse.testing.syscalls import fails
 from tests.mounted.modes import MODES
-from tests.mounted.syscalls import fails
-from tests.mounted.test_rawfuse_session import example, scratch, served, trace_of
-
-__all__ = ["scratch"]
+from tests.mounted.targets import STRESS
 
 NOBODY = 65534
 MIXED = [mode.decode() for mode in MODES]
@@ -31,20 +31,27 @@ CONTENT = b"0123456789" * 1000
 
 
 @pytest.fixture
-def source(scratch: Path) -> Path:
-    source = scratch / "source"
+def source(tmp_path: Path) -> Path:
+    source = tmp_path / "source"
     source.mkdir()
-    source.chmod(0o755)
     return source
 
 
 @pytest.fixture
-def mount(watchdog: Watchdog, scratch: Path, source: Path) -> Iterator[Path]:
+def trace(tmp_path: Path) -> Path:
+    return tmp_path / "trace"
+
+
+def mirror(source: Path, *options: str | Path) -> list[str]:
+    return [sys.executable, "-m", "examples.mirror", *map(str, options), str(source), "{mountpoint}"]
+
+
+@pytest.fixture
+def mount(fuse_mount: FuseMount, source: Path) -> Iterator[Path]:
     """A ``tests.mounted.modes`` mount with one file ``f``."""
     (source / "f").write_bytes(CONTENT)
-    with served(watchdog, scratch, [sys.executable, "-m", "tests.mounted.modes", str(source)]) as server:
-        yield server.mountpoint
-        server.unmount()
+    server = fuse_mount([sys.executable, "-m", "tests.mounted.modes", str(source), "{mountpoint}"])
+    yield server.mountpoint
     assert "Traceback" not in server.log_since(0)
 
 
@@ -203,13 +210,12 @@ class TestModes:
 
 class TestMirror:
     @pytest.fixture
-    def server(self, watchdog: Watchdog, scratch: Path, source: Path) -> Iterator[Server]:
-        with served(watchdog, scratch, example("mirror", "--trace", scratch / "trace", source)) as server:
-            yield server
-            server.unmount()
+    def server(self, fuse_mount: FuseMount, source: Path, trace: Path) -> Iterator[Server]:
+        server = fuse_mount(mirror(source, "--trace", trace))
+        yield server
         assert "Traceback" not in server.log_since(0)
 
-    def test_bytes_go_past_the_server(self, server: Server, scratch: Path, source: Path) -> None:
+    def test_bytes_go_past_the_server(self, server: Server, trace: Path, source: Path) -> None:
         path = server.mountpoint / "f"
         path.write_bytes(CONTENT)
         assert (source / "f").read_bytes() == CONTENT
@@ -223,9 +229,9 @@ class TestMirror:
                 memory.flush()
             file.truncate(5)
         assert path.read_bytes() == (source / "f").read_bytes() == b"HELLO"
-        trace = trace_of(scratch)
-        assert " READ " not in trace
-        assert " WRITE " not in trace
+        assert " OPEN " in trace.read_text()
+        assert " READ " not in trace.read_text()
+        assert " WRITE " not in trace.read_text()
 
     def test_attributes_follow(self, server: Server, source: Path) -> None:
         path = server.mountpoint / "f"
@@ -279,48 +285,41 @@ class TestMirror:
 
 
 class TestFallback:
-    def test_backing_file_system_without_direct_io(self, watchdog: Watchdog, scratch: Path, source: Path) -> None:
+    def test_switched_off(self, fuse_mount: FuseMount, source: Path, trace: Path) -> None:
+        server = fuse_mount(mirror(source, "--no-passthrough", "--trace", trace))
+        (server.mountpoint / "f").write_bytes(CONTENT)
+        assert (source / "f").read_bytes() == CONTENT
+        server.unmount()
+        assert " WRITE " in trace.read_text()
+
+    def test_backing_file_system_is_stacked_too_deep(self, fuse_mount: FuseMount, source: Path, trace: Path) -> None:
+        """A passthrough mount is one layer by itself, so a mirror of a mirror serves its bytes here."""
+        below = fuse_mount(mirror(source))
+        above = fuse_mount(mirror(below.mountpoint, "--trace", trace))
+        (above.mountpoint / "f").write_bytes(CONTENT)
+        assert (above.mountpoint / "f").read_bytes() == CONTENT
+        assert (source / "f").read_bytes() == CONTENT
+        above.unmount()
+        assert "BACKING_OPEN: Too many levels of symbolic links" in above.log_since(0)
+        assert " WRITE " in trace.read_text()
+
+    def test_backing_file_system_without_direct_io(self, fuse_mount: FuseMount, source: Path) -> None:
         mount_syscall("none", str(source), "ramfs", 0)
         try:
             (source / "f").write_bytes(CONTENT)
-            with served(watchdog, scratch, example("mirror", source)) as server:
-                path = server.mountpoint / "f"
-                fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                assert os.pread(fd, 10, 0) == CONTENT[:10]
-                os.close(fd)
-                with open(path, "rb", buffering=0) as file:
-                    assert file.read() == CONTENT
-                    with fails(errno.EINVAL):
-                        os.open(path, os.O_RDONLY | os.O_DIRECT)
-                fd = os.open(server.mountpoint / "new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-                assert os.pwrite(fd, CONTENT, 0) == len(CONTENT)
-                os.close(fd)
-                server.unmount()
+            server = fuse_mount(mirror(source))
+            path = server.mountpoint / "f"
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            assert os.pread(fd, 10, 0) == CONTENT[:10]
+            os.close(fd)
+            with open(path, "rb", buffering=0) as file:
+                assert file.read() == CONTENT
+                with fails(errno.EINVAL):
+                    os.open(path, os.O_RDONLY | os.O_DIRECT)
+            fd = os.open(server.mountpoint / "new", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+            assert os.pwrite(fd, CONTENT, 0) == len(CONTENT)
+            os.close(fd)
+            server.unmount()
             assert (source / "new").read_bytes() == CONTENT
         finally:
-            umount_syscall(str(source))
-
-    def test_switched_off(self, watchdog: Watchdog, scratch: Path, source: Path) -> None:
-        command = example("mirror", "--no-passthrough", "--trace", scratch / "trace", source)
-        with served(watchdog, scratch, command) as server:
-            (server.mountpoint / "f").write_bytes(CONTENT)
-            assert (source / "f").read_bytes() == CONTENT
-            server.unmount()
-        assert " WRITE " in trace_of(scratch)
-
-    def test_backing_file_system_is_stacked_too_deep(self, watchdog: Watchdog, scratch: Path, source: Path) -> None:
-        """A passthrough mount is one layer by itself, so a mirror of a mirror serves its bytes here."""
-        (scratch / "above").mkdir()
-        with (
-            served(watchdog, scratch, example("mirror", source)) as server,
-            served(
-                watchdog, scratch / "above", example("mirror", "--trace", scratch / "above/trace", server.mountpoint)
-            ) as above,
-        ):
-            (above.mountpoint / "f").write_bytes(CONTENT)
-            assert (above.mountpoint / "f").read_bytes() == CONTENT
-            assert (source / "f").read_bytes() == CONTENT
-            above.unmount()
-            assert "BACKING_OPEN: Too many levels of symbolic links" in above.log_since(0)
-            server.unmount()
-        assert " WRITE " in trace_of(scratch / "above")
+            umount_syscall(str(source), MNT_DETACH)
