@@ -11,7 +11,7 @@ import typer
 from polefs.node.errors import Refusal
 from polefs.node.logs import LEVELS
 from polefs.node.options import MountRequest, Options, parse_options
-from polefs.node.volume import default_volume
+from polefs.node.volume import default_volume, is_encrypted
 
 NAME = "mount"
 
@@ -32,6 +32,9 @@ def command(
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write every request of the kernel and its reply to this file.")
     ] = None,
+    key_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The key of an encrypted volume, or its passphrase.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Mount a volume. Returns when the mount can be used.
@@ -40,7 +43,9 @@ def command(
     ($XDG_DATA_HOME, ~/.local/share). As root the mount is for everybody.
 
     Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
-    noallow_other, nonempty, volume=DIRECTORY.
+    noallow_other, nonempty, volume=DIRECTORY, key_file=FILE.
+
+    The passphrase of an encrypted volume is asked for when there is neither a key file nor $POLEFS_PASSPHRASE.
 
     Examples:
 
@@ -58,6 +63,8 @@ def command(
     volume = paths[0] if len(paths) == 2 else None
     if volume is not None and parsed.volume is not None:
         raise Refusal(errno.EINVAL, "the volume is given twice: as an argument and with -o volume", 2)
+    if key_file is not None:
+        parsed.key_file = key_file
     request = make_request(volume, paths[-1], parsed)
     request.log_level = check_level(log_level)
     request.log_file = _absolute(log_file)
@@ -72,13 +79,26 @@ def make_request(volume: str | None, mountpoint: str, options: Options) -> Mount
     for what, path in (("volume", volume), ("mount point", mountpoint)):
         if path == "":
             raise Refusal(errno.EINVAL, f"the {what} is an empty string: give a directory", 2)
+    directory = os.path.abspath(volume or options.volume or default_volume())
     return MountRequest(
-        volume=os.path.abspath(volume or options.volume or default_volume()),
+        volume=directory,
         mountpoint=os.path.abspath(mountpoint),
         flags=options.flags,
         allow_other=os.geteuid() == 0 if options.allow_other is None else options.allow_other,
         nonempty=options.nonempty,
+        secret=volume_secret(directory, options.key_file),
     )
+
+
+def volume_secret(volume: str, key_file: str | None) -> bytes | None:
+    """What opens the volume, asked for when it is encrypted; None when it is not, or does not exist yet."""
+    if not is_encrypted(volume):
+        if key_file is not None:
+            raise Refusal(errno.EINVAL, f"volume {volume} is not encrypted: leave the key file away", 2)
+        return None
+    from polefs.node.secret import read_secret
+
+    return read_secret(key_file, volume)
 
 
 def check_level(level: str) -> str:

@@ -100,7 +100,10 @@ class FramedSegments:
         length = table.stored_start(last) - base
         async with self._budget.hold(length + table.start(last) - table.start(first)):
             for attempt in range(1, _ATTEMPTS + 1):
-                stored = await self._objects.get(segment_key(table.segment), base, length)
+                # In a task: the first step of a request's handler runs in no context of its own, and object stores set
+                # and reset context variables.
+                get = self._objects.get(segment_key(table.segment), base, length)
+                stored = await asyncio.get_running_loop().create_task(get)
                 try:
                     return await self._decoded(table, first, last, stored)
                 except OSError as error:

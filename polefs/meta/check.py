@@ -1,14 +1,12 @@
-"""Checking a volume (fsck): every invariant of its tables, and that every segment's object is there and sound.
+"""Checking the metadata of a volume (fsck): every invariant of its tables.
 
-The volume must not be mounted. The checks stream; memory is needed for the directories' tree and, in ``check_objects``,
-for one number per object.
+The volume must not be mounted. The checks stream; memory is needed for the directories' tree.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
-import google_crc32c
 import msgspec
 
 from polefs.meta import acl
@@ -16,11 +14,9 @@ from polefs.meta.model import DIRECTORY_SIZE, ROOT_INO
 from polefs.meta.rules import COUNTS, LOST, NAMES, UNREACHABLE, Kind, Problem
 from polefs.meta.store.schema import Execute
 from polefs.meta.store.sqlite import SqliteStore
-from polefs.objects.base import ObjectStore, segment_key
 
-__all__ = ["Kind", "Problem", "check", "check_objects", "repair"]
+__all__ = ["Kind", "Problem", "check", "repair"]
 
-_DELETE_BATCH = 1000
 _LOST_AND_FOUND = b"lost+found"
 
 
@@ -146,64 +142,3 @@ def _add_name(execute: Execute, parent: int, name: bytes, ino: int) -> None:
         (parent, name, ino),
     )
     execute("UPDATE volume SET next_cookie = next_cookie + 1")
-
-
-# Objects
-
-
-async def check_objects(
-    store: SqliteStore, objects: ObjectStore, *, data: bool, repair: bool = False
-) -> AsyncIterator[Problem]:
-    """Whether each segment's object exists with its size and, with ``data``, whether all its bytes have the checksums
-    that they were written with. Objects that no segment owns are garbage (harmless: a crash between writing an object
-    and committing it leaves one); ``repair`` deletes them. OSError when the object store fails."""
-    sizes: dict[int, int] = {}
-    garbage: list[str] = []
-    known = {row[0] for row in store.rows("SELECT id FROM segment")}
-    async for info in objects.list("segments/"):
-        id_ = _segment_of(info.key)
-        if id_ in known:
-            sizes[id_] = info.size
-        else:
-            garbage.append(info.key)
-            yield Problem(Kind.GARBAGE, max(id_, 0), f"object {info.key} belongs to no segment", harmless=True)
-    if repair:
-        for first in range(0, len(garbage), _DELETE_BATCH):
-            await objects.delete(garbage[first : first + _DELETE_BATCH])
-    for id_, blob in store.rows("SELECT id, frames FROM segment WHERE live > 0 ORDER BY id"):
-        found = sizes.get(id_)
-        size = sum(stored for _, stored, _ in _frames(blob))
-        if found is None:
-            yield Problem(Kind.OBJECT, id_, f"the object {segment_key(id_)} is missing", repairable=False)
-        elif found != size:
-            yield Problem(
-                Kind.OBJECT, id_, f"the object {segment_key(id_)} has {found} bytes instead of {size}", repairable=False
-            )
-        elif data:
-            for start, length in await _broken_frames(objects, id_, blob):
-                yield Problem(
-                    Kind.OBJECT,
-                    id_,
-                    f"{length} bytes at {start} of the object {segment_key(id_)} are not what was written",
-                    repairable=False,
-                )
-
-
-async def _broken_frames(objects: ObjectStore, segment: int, blob: bytes) -> list[tuple[int, int]]:
-    broken = []
-    start = 0
-    for length, _, checksum in _frames(blob):
-        content = await objects.get(segment_key(segment), start, length)
-        if google_crc32c.value(content) != checksum:
-            broken.append((start, length))
-        start += length
-    return broken
-
-
-def _segment_of(key: str) -> int:
-    """The segment whose object this is, -1 for none."""
-    try:
-        id_ = int(key.rpartition("/")[2], 16)
-    except ValueError:
-        return -1
-    return id_ if segment_key(id_) == key else -1

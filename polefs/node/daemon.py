@@ -71,7 +71,7 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
         trace: TextIO | None = None
         if request.trace is not None:
             trace = stack.enter_context(_open_trace(request.trace))
-        storage = await open_storage(volume)
+        storage = await open_storage(volume, request.secret)
         options = MountOptions(
             source=volume.path,
             subtype="polefs",

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from polefs.meta.check import Problem, check, check_objects, repair
+from polefs.data.scrub import check_objects
+from polefs.meta.check import Problem, check, repair
 from polefs.node.errors import plain
-from polefs.node.storage import open_storage, open_store
-from polefs.objects.directory import DirectoryStore
+from polefs.node.storage import make_codec, open_objects, open_storage, open_store
 
 if TYPE_CHECKING:
+    from polefs.data.frames import Codec
     from polefs.meta.store.sqlite import SqliteStore
     from polefs.node.volume import Volume
 
@@ -28,13 +29,18 @@ class Outcome(msgspec.Struct):
 
 
 async def check_volume(
-    volume: Volume, say: Callable[[str], None], *, data: bool = False, mend: bool = False
+    volume: Volume,
+    say: Callable[[str], None],
+    *,
+    data: bool = False,
+    mend: bool = False,
+    secret: bytes | None = None,
 ) -> Outcome:
     """Check a locked volume, telling each finding in a line. ``data`` reads all contents and compares their checksums;
     ``mend`` first brings in what a killed daemon has left, then repairs what can be. OSError when the volume cannot be
     read."""
     if mend:
-        await _bring_in(volume, say)
+        await _bring_in(volume, say, secret)
     elif os.listdir(volume.local):
         say("note: contents that are not yet written back wait in local/: the next mount brings them in")
     store = open_store(volume, read_only=not mend)
@@ -45,7 +51,8 @@ async def check_volume(
         outcome = Outcome(left=len(found), repairable=sum(problem.repairable for problem in found))
         if mend and outcome.repairable:
             outcome = _mend(store, found, say)
-        await _check_objects(volume, store, say, outcome, data=data, mend=mend)
+        codec = make_codec(volume, secret) if data else None
+        await _check_objects(volume, store, say, outcome, codec, data=data, mend=mend)
         return outcome
     finally:
         store.shutdown()
@@ -60,11 +67,18 @@ def _mend(store: SqliteStore, found: list[Problem], say: Callable[[str], None]) 
 
 
 async def _check_objects(
-    volume: Volume, store: SqliteStore, say: Callable[[str], None], outcome: Outcome, *, data: bool, mend: bool
+    volume: Volume,
+    store: SqliteStore,
+    say: Callable[[str], None],
+    outcome: Outcome,
+    codec: Codec | None,
+    *,
+    data: bool,
+    mend: bool,
 ) -> None:
-    objects = DirectoryStore(volume.objects)
+    objects = await open_objects(volume)
     try:
-        async for problem in check_objects(store, objects, data=data, repair=mend):
+        async for problem in check_objects(store, objects, codec, data=data, repair=mend):
             say(f"{'note: ' if problem.harmless else ''}{problem.kind}: {problem.text}")
             if not problem.harmless:
                 outcome.left += 1
@@ -72,11 +86,11 @@ async def _check_objects(
         await objects.close()
 
 
-async def _bring_in(volume: Volume, say: Callable[[str], None]) -> None:
+async def _bring_in(volume: Volume, say: Callable[[str], None], secret: bytes | None) -> None:
     """What the next mount would do: commit the contents that a killed daemon has left, release its orphans. Broken
     metadata may be in the way; the check then tells how."""
     try:
-        storage = await open_storage(volume)
+        storage = await open_storage(volume, secret)
         await storage.close()
     except OSError as error:
         say(f"note: {plain(error)}")

@@ -44,6 +44,8 @@ class MountRequest(msgspec.Struct, kw_only=True):
     trace: str | None = None
     profile: str | None = None
     foreground: bool = False
+    secret: bytes | None = None
+    """Opens an encrypted volume."""
 
     @property
     def read_only(self) -> bool:
@@ -68,6 +70,7 @@ class Options(msgspec.Struct, kw_only=True):
     allow_other: bool | None = None
     nonempty: bool = False
     volume: str | None = None
+    key_file: str | None = None
 
 
 _ATIME = MountFlag.NOATIME | MountFlag.RELATIME | MountFlag.STRICTATIME
@@ -96,6 +99,9 @@ _FLAGS: dict[str, tuple[int, int]] = {
 }
 """Option -> (flags that it clears, flags that it sets); a later option overrides an earlier one."""
 
+_VALUES = {"volume": "DIRECTORY", "key_file": "FILE"}
+"""Option -> what its value is; each is an attribute of ``Options``."""
+
 _OF_MOUNT = frozenset(
     (
         *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "_netdev"),
@@ -122,14 +128,15 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> Options:
             options.allow_other = False
         elif word == "nonempty":
             options.nonempty = True
-        elif name == "volume":
+        elif name in _VALUES:
             if not value:
-                raise Refusal(errno.EINVAL, "option 'volume' needs a value: give -o volume=DIRECTORY")
-            options.volume = value
+                raise Refusal(errno.EINVAL, f"option '{name}' needs a value: give -o {name}={_VALUES[name]}")
+            setattr(options, name, value)
         elif word and not (word in _OF_MOUNT or word.startswith(_OF_MOUNT_PREFIXES) or sloppy):
             if word == "remount":
                 raise Refusal(errno.EINVAL, "polefs cannot remount: unmount it and mount it again with the new options")
-            known = ", ".join([*_FLAGS, "allow_other", "noallow_other", "nonempty", "volume=DIRECTORY"])
+            values = [f"{name}={value}" for name, value in _VALUES.items()]
+            known = ", ".join([*_FLAGS, "allow_other", "noallow_other", "nonempty", *values])
             what = f"option '{name}' takes no value" if equals and name in _FLAGS else f"unknown mount option '{word}'"
             raise Refusal(errno.EINVAL, f"{what}: the options are {known}")
     return options

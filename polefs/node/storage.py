@@ -13,18 +13,20 @@ from polefs.meta.store.base import FormatError
 from polefs.meta.store.sqlite import SqliteStore
 from polefs.node.errors import Refusal, plain
 from polefs.node.status import Status
+from polefs.objects.location import DirectoryLocation
 
 if TYPE_CHECKING:
     from polefs.data.files import FileStore
+    from polefs.data.frames import Codec
     from polefs.meta.service import MetaService
-    from polefs.node.volume import Volume
-    from polefs.objects.directory import DirectoryStore
+    from polefs.node.volume import Contents, Volume
+    from polefs.objects.base import ObjectStore
 
 
 class Storage:
     """Metadata and contents of one locked volume, open."""
 
-    def __init__(self, meta: MetaService, objects: DirectoryStore, files: FileStore) -> None:
+    def __init__(self, meta: MetaService, objects: ObjectStore, files: FileStore) -> None:
         self.meta = meta
         self.objects = objects
         self.files = files
@@ -41,16 +43,21 @@ class Storage:
                 await self.objects.close()
 
 
-async def open_storage(volume: Volume) -> Storage:
-    """Open a locked volume and finish what a killed daemon has left. ``Refusal`` when a part is missing or damaged."""
+async def open_storage(volume: Volume, secret: bytes | None = None) -> Storage:
+    """Open a locked volume and finish what a killed daemon has left. ``secret`` opens an encrypted one. ``Refusal``
+    when a part is missing, damaged or out of reach, or the secret is another."""
     from polefs.data.files import FileStore
     from polefs.meta.service import MetaService
-    from polefs.objects.directory import DirectoryStore
 
-    store = open_store(volume)
+    codec = make_codec(volume, secret)
+    objects = await open_objects(volume)
+    try:
+        store = open_store(volume)
+    except BaseException:
+        await objects.close()
+        raise
     meta = MetaService(store)
-    objects = DirectoryStore(volume.objects)
-    files = FileStore(meta, objects, volume.local)
+    files = FileStore(meta, objects, volume.local, codec=codec)
     try:
         await meta.start()
         await files.recover()
@@ -62,6 +69,63 @@ async def open_storage(volume: Volume) -> Storage:
             error.errno or errno.EIO, f"cannot bring back the contents kept in {volume.local}: {plain(error)}"
         ) from error
     return Storage(meta, objects, files)
+
+
+async def open_objects(volume: Volume) -> ObjectStore:
+    """``Refusal`` when the place of a volume's objects cannot be used."""
+    from polefs.objects.directory import DirectoryStore
+
+    location = volume.info.contents.objects
+    if isinstance(location, DirectoryLocation):
+        return DirectoryStore(volume.objects)
+    from polefs.objects.s3 import S3Store
+
+    try:
+        return await S3Store.open(location)
+    except OSError as error:
+        raise Refusal(error.errno or errno.EIO, plain(error)) from error
+
+
+def make_codec(volume: Volume, secret: bytes | None) -> Codec | None:
+    """How the contents of a volume are stored; None: as they are, in local files. ``Refusal`` ENOKEY and EKEYREJECTED
+    for an encrypted volume without its secret."""
+    from polefs.data.frames import COMPRESSIONS, Codec, Coding
+
+    contents = volume.info.contents
+    coding = COMPRESSIONS[contents.compression]
+    if contents.key is None:
+        if isinstance(contents.objects, DirectoryLocation) and coding == Coding.PLAIN:
+            return None
+        return Codec(coding)
+    from polefs.data.cipher import Cipher
+
+    if secret is None:
+        raise Refusal(errno.ENOKEY, f"volume {volume.path} is encrypted: give its key with --key-file FILE")
+    try:
+        return Codec(coding, Cipher(contents.key.unwrap(secret)))
+    except ValueError:
+        raise Refusal(errno.EKEYREJECTED, f"this is not the key of volume {volume.path}: give the right one") from None
+
+
+def claim_objects(contents: Contents, name: str, uuid: str) -> Contents:
+    """Make the place of the objects that of a new volume; returns what has been found out about it. Runs an event loop.
+    ``Refusal`` when it cannot be used, or is another volume's."""
+    location = contents.objects
+    if isinstance(location, DirectoryLocation):
+        return contents
+
+    async def claim() -> None:
+        store = await S3Store.open(location)
+        try:
+            async for _ in store.list():
+                raise Refusal(errno.ENOTEMPTY, f"{location.url} is not empty: give another prefix")
+        finally:
+            await store.close()
+
+    from polefs.objects.s3 import S3Store
+
+    asyncio.run(claim())
+    return contents
 
 
 def make_store(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> str:

@@ -5,7 +5,7 @@
     volume.json    format, name, uuid: written last when a volume is made, so it is whole when this file exists
     lock           held while the volume is mounted or checked
     meta.db        metadata (SQLite), with its -wal and -shm
-    objects/       contents: immutable objects
+    objects/       contents: immutable objects, unless they are in a bucket of S3
     local/         contents not yet written back, and their journal
     control.sock   the daemon of a mounted volume
     log/           polefs.log, rotated
@@ -16,11 +16,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from typing import Literal
 
 import msgspec
 
+from polefs.data.keys import WrappedKey, new_key
 from polefs.node.errors import Refusal
 from polefs.node.lock import Holder, Locked, VolumeLock, lock_holder
+from polefs.objects.location import DirectoryLocation, Location
 
 FORMAT = 1
 """The format of the volume directory that this software writes; it reads no newer one."""
@@ -38,14 +41,32 @@ _IGNORED_NAMES = frozenset(["lost+found"])
 """What stands in the root directory of a fresh disk."""
 
 
+Compression = Literal["none", "zstd", "lz4"]
+Durability = Literal["s3", "local"]
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and how a volume keeps the contents of files."""
+
+    objects: Location = DirectoryLocation()
+    compression: Compression = "none"
+    key: WrappedKey | None = None
+    """The key that encrypts them; None: they are not encrypted."""
+    durability: Durability = "local"
+    """What fsync waits for: ``s3``, that contents are in the bucket and committed; ``local``, that they are on the disk
+    of this machine."""
+
+
+_LOCAL = Contents()
+
+
 class VolumeInfo(msgspec.Struct, frozen=True):
     """The contents of ``volume.json``."""
 
     format: int
     name: str
     uuid: str
-    store: str = "sqlite"
-    objects: str = "directory"
+    contents: Contents = _LOCAL
 
 
 class Volume:
@@ -121,10 +142,18 @@ def open_or_make_volume(path: str, holder: Holder) -> Volume:
 
 
 def make_volume(
-    path: str, holder: Holder, *, name: str | None = None, bytes_limit: int = 0, inodes_limit: int = 0
+    path: str,
+    holder: Holder,
+    *,
+    name: str | None = None,
+    bytes_limit: int = 0,
+    inodes_limit: int = 0,
+    contents: Contents = _LOCAL,
+    secret: bytes | None = None,
 ) -> Volume:
-    """Make a volume and return it locked. Limits of 0 mean none. ``Refusal``: EEXIST when it is a volume already,
-    ENOTEMPTY, ENOTDIR, EACCES, EROFS, ENOSPC, EBUSY (somebody else is making it)."""
+    """Make a volume and return it locked. Limits of 0 mean none; with a ``secret`` contents are encrypted. Must not be
+    called on an event loop. ``Refusal``: EEXIST when it is a volume already, ENOTEMPTY, ENOTDIR, EACCES, EROFS, ENOSPC,
+    EBUSY (somebody else is making it); and when the place of the objects cannot be used."""
     path = os.path.realpath(path)
     if name is None:
         name = os.path.basename(path) or "polefs"
@@ -142,12 +171,22 @@ def make_volume(
     except OSError as error:
         raise _unusable(path, error) from None
     try:
-        return Volume(path, _fill(path, name, bytes_limit, inodes_limit), lock)
+        if secret is not None:
+            contents = msgspec.structs.replace(contents, key=new_key(secret))
+        return Volume(path, _fill(path, name, bytes_limit, inodes_limit, contents), lock)
     except BaseException as error:
         lock.release()
         if isinstance(error, OSError) and not isinstance(error, Refusal):
             raise _unusable(path, error) from None
         raise
+
+
+def is_encrypted(path: str) -> bool:
+    """Whether a volume needs a secret. False also for what is no volume, or none that can be opened."""
+    try:
+        return open_volume(path).info.contents.key is not None
+    except Refusal:
+        return False
 
 
 def is_locked(path: str) -> bool:
@@ -158,9 +197,9 @@ def is_locked(path: str) -> bool:
         return False
 
 
-def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int) -> VolumeInfo:
+def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: Contents) -> VolumeInfo:
     """All parts of a new volume, durable; ``volume.json`` last."""
-    from polefs.node.storage import make_store
+    from polefs.node.storage import claim_objects, make_store
 
     final = os.path.join(path, "volume.json")
     if os.path.lexists(final):
@@ -172,7 +211,8 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int) -> VolumeIn
         for directory in ("objects", "local", "log"):
             os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
         uuid = make_store(os.path.join(path, "meta.db"), name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
-        info = VolumeInfo(FORMAT, name, uuid)
+        contents = claim_objects(contents, name, uuid)
+        info = VolumeInfo(FORMAT, name, uuid, contents)
         file.write(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -70,3 +70,12 @@ class ObjectStore(Protocol):
 def segment_key(segment: int) -> str:
     """The key of a segment's object; 256 consecutive segments share a prefix."""
     return f"segments/{segment >> 8:x}/{segment:x}"
+
+
+def segment_of(key: str) -> int:
+    """The segment whose object this is, -1 for none."""
+    try:
+        id_ = int(key.rpartition("/")[2], 16)
+    except ValueError:
+        return -1
+    return id_ if segment_key(id_) == key else -1

@@ -80,7 +80,7 @@ def test_missing_and_damaged_objects_are_told(volume: Volume, capsys: pytest.Cap
     assert fsck(capsys, volume.path)[0] == 0
     code, out = fsck(capsys, "--data", volume.path)
     assert code == 4
-    assert "are not what was written" in out
+    assert "is not what was written: wrong checksum" in out
     path.write_bytes(damaged[:-1])
     code, out = fsck(capsys, volume.path)
     assert code == 4

@@ -15,8 +15,9 @@ import pytest
 from polefs.data import journal
 from polefs.data.dirty import Limits
 from polefs.data.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from polefs.data.scrub import check_objects
 from polefs.data.state import FileState
-from polefs.meta.check import check, check_objects
+from polefs.meta.check import check
 from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, SetAttr
 from polefs.meta.store.sqlite import SqliteStore
 from tests.unit.data_helpers import Crash, Volume, ticks

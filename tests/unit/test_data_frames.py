@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polefs.data.cipher import Cipher, new_key, wrap
+from polefs.data.cipher import Cipher
 from polefs.data.frames import COMPRESSIONS, FRAME_MAX, Codec, Coding, FrameTable, encode_frames
+from polefs.data.keys import new_key, wrap
 from polefs.meta.model import Segment
 
 CIPHER = Cipher(bytes(range(32)))

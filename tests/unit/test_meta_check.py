@@ -7,8 +7,9 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
+from polefs.data.scrub import check_objects
 from polefs.meta import acl
-from polefs.meta.check import Kind, check, check_objects, repair
+from polefs.meta.check import Kind, check, repair
 from polefs.meta.model import ROOT_INO, Extent, Segment
 from polefs.meta.rules import Problem
 from polefs.objects.base import segment_key

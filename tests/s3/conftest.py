@@ -1,0 +1,46 @@
+"""Fixtures of the suite on S3: mounts of volumes in a bucket."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounted.conftest import namespace, watchdog
+from tests.mounted.harness import TEST_DEADLINE, Watchdog
+from tests.s3.server import SeaweedServer
+from tests.s3.volumes import S3Volume
+
+__all__ = ["namespace", "watchdog"]
+
+
+@pytest.fixture
+def make_volume(
+    s3_server: SeaweedServer, watchdog: Watchdog, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., S3Volume]]:
+    """Makes volumes whose contents are in a place of their own in the bucket; arguments are options of ``format``. They
+    are unmounted and checked at the end, unless the test has failed."""
+    scratch = Path(tempfile.mkdtemp(prefix="polefs-s3-", dir=os.environ.get("POLEFS_TEST_DIR")))
+    made: list[S3Volume] = []
+
+    def make(*options: str, mount: tuple[str, ...] = (), endpoint: str | None = None) -> S3Volume:
+        volume = S3Volume(scratch / str(len(made)), watchdog, s3_server.new_place(), endpoint)
+        made.append(volume)
+        volume.mount_options = [*mount]
+        volume.format(*options)
+        return volume
+
+    mark = request.node.get_closest_marker("deadline")
+    try:
+        with watchdog.deadline(mark.args[0] if mark else TEST_DEADLINE):
+            yield make
+            for volume in made:
+                volume.finish()
+    finally:
+        for volume in made:
+            volume.discard()
+        shutil.rmtree(scratch, ignore_errors=True)
