@@ -38,6 +38,7 @@ from rawfuse import (
     ops,
 )
 from rawfuse.abi import ROOT_ID, OpenInFlag, SetXattrFlag, SyncFlag, WriteFlag
+from rawfuse.mount import privileged
 
 _READ_BUFFER = 1 << 20
 _SYNCHRONOUS = os.O_SYNC | os.O_DSYNC
@@ -114,12 +115,12 @@ class Mirror(FileSystem):
     """``source``: the directory; ``ttl``: nanoseconds for which the kernel may keep names and attributes. A handle is a
     descriptor, which is its backing file too."""
 
-    features = InitFlag.POSIX_ACL | InitFlag.DONT_MASK | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.PASSTHROUGH
+    features = InitFlag.POSIX_ACL | InitFlag.DONT_MASK
 
     def __init__(self, source: str, ttl: int, passthrough: bool = True) -> None:
         self.ttl = ttl
-        if not passthrough:
-            self.unwanted = InitFlag.PASSTHROUGH
+        # Writes in passthrough carry no hint to clear set-ID bits: there the kernel has to do it by SETATTR.
+        self.features |= InitFlag.PASSTHROUGH if passthrough and privileged() else InitFlag.HANDLE_KILLPRIV_V2
         fd = os.open(source, os.O_PATH | os.O_DIRECTORY)
         status = os.fstat(fd)
         root = Node(ROOT_ID, fd, (status.st_dev, status.st_ino))
@@ -290,6 +291,8 @@ class Mirror(FileSystem):
         fd = os.open(node.path, _open_flags(op.flags))
         if op.open_flags & OpenInFlag.KILL_SUIDGID:
             _drop_set_ids(node)
+        elif op.flags & os.O_TRUNC:
+            self._drop_set_ids_unless_root(op.nodeid, op.uid)
         return OpenedFile(fd, backing=fd)
 
     async def create_file(self, op: ops.CreateFile) -> tuple[Entry, OpenedFile]:
@@ -367,7 +370,8 @@ class Mirror(FileSystem):
         return done
 
     def _drop_set_ids_unless_root(self, nodeid: int, uid: int) -> None:
-        """fallocate and copy_file_range carry no hint; root stands for CAP_FSETID."""
+        """fallocate and copy_file_range carry no hint, nor an open without HANDLE_KILLPRIV_V2; root stands for
+        CAP_FSETID."""
         if uid:
             _drop_set_ids(self.nodes[nodeid])
 

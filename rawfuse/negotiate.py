@@ -108,7 +108,14 @@ FEATURES: dict[InitFlag, Feature] = {
     _F.HAS_EXPIRE_ONLY: _ON,
     _F.DIRECT_IO_ALLOW_MMAP: _ON,
     # With write-back caching the kernel leaves it off without a word (inode.c: process_init_reply).
-    _F.PASSTHROUGH: Feature(True, (Opcode.OPEN,), excludes=_F.WRITEBACK_CACHE, privileged=True),
+    _F.PASSTHROUGH: Feature(
+        True,
+        (Opcode.OPEN,),
+        excludes=_F.WRITEBACK_CACHE,
+        privileged=True,
+        promise="attributes are those of the backing file; with HANDLE_KILLPRIV or V2 no file that has set-ID bits or "
+        "security.capability is written in passthrough, for nobody would clear them",
+    ),
     _F.NO_EXPORT_SUPPORT: Feature(True, excludes=_F.EXPORT_SUPPORT),
     _F.HAS_RESEND: _ON,
     # Without that mount option the kernel would fail the whole connection.

@@ -250,8 +250,10 @@ class TestMirror:
         path = server.mountpoint / "f"
         path.write_bytes(b"program")
         path.chmod(0o6777)
-        command = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", "sh", "-c", f"echo x > {path}"]
+        program = "import os, sys; fd = os.open(sys.argv[1], os.O_WRONLY); os.write(fd, b'x'); os.close(fd)"
+        command = ["setpriv", f"--reuid={NOBODY}", "--clear-groups", sys.executable, "-c", program, path]
         subprocess.run(command, check=True, timeout=30)
+        assert path.read_bytes() == b"xrogram"
         assert stat.S_IMODE(path.stat().st_mode) == 0o777
         assert stat.S_IMODE((source / "f").stat().st_mode) == 0o777
 
