@@ -34,6 +34,7 @@ LACKS = {
     "rename-flags": "RENAME_NOREPLACE, RENAME_EXCHANGE and RENAME_WHITEOUT",
     "setid": "set-user-ID and set-group-ID programs (a mount without nosuid), and clearing these bits",
     "statfs": "statvfs(3) figures that follow what is stored, and only that",
+    "symlinks": "symbolic links",
     "tmpfile": "O_TMPFILE",
     "unlinked": "use of open files and directories after their last name is gone",
     "xattr": "extended attributes",

@@ -15,8 +15,8 @@ import pytest
 from rawfuse.testing.fixtures import make_scratch
 from rawfuse.testing.peer import ALICE, Peer
 from rawfuse.testing.syscalls import opened, write_file
-from rawfuse.testing.trees import assert_same, link_groups, record
 from tests.mounted.targets import STRESS, PolefsTarget
+from tests.mounted.trees import assert_same, link_groups, record
 
 SOURCES = 20_000 if STRESS else 2_000
 """Files in the source tree."""

@@ -43,6 +43,7 @@ def test_chmod(root: Path, mode: int) -> None:
         path.chmod(0o755)
 
 
+@pytest.mark.fuse_needs("symlinks")
 def test_chmod_through_descriptor_and_symlink(root: Path) -> None:
     write_file(root / "f")
     (root / "l").symlink_to("f")
@@ -53,6 +54,7 @@ def test_chmod_through_descriptor_and_symlink(root: Path) -> None:
     assert mode_of(root / "f") == 0o640
 
 
+@pytest.mark.fuse_needs("symlinks")
 def test_chown(root: Path) -> None:
     write_file(root / "f")
     (root / "l").symlink_to("f")
@@ -75,6 +77,7 @@ def test_chown_to_large_ids(root: Path, owner: int) -> None:
     assert ((root / "f").stat().st_uid, (root / "f").stat().st_gid) == (owner, owner)
 
 
+@pytest.mark.fuse_needs("mknod")
 def test_umask(root: Path) -> None:
     for mask in (0, 0o022, 0o077, 0o777):
         previous = os.umask(mask)
@@ -131,6 +134,7 @@ CHANGES: dict[str, Change] = {
     "setxattr": _set_xattr,
     "rename": lambda path: path.rename(path.with_name("moved")).rename(path),
 }
+CHANGE_NEEDS = {"link": ("links",), "setxattr": ("xattr",)}
 
 
 @pytest.mark.parametrize("name", MODIFICATIONS)
@@ -145,7 +149,9 @@ def test_modification_sets_mtime_and_ctime(root: Path, name: str) -> None:
     assert after.st_mtime_ns == after.st_ctime_ns
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.fuse_needs(*CHANGE_NEEDS.get(name, ()))) for name in CHANGES]
+)
 def test_change_sets_ctime_alone(root: Path, name: str) -> None:
     write_file(root / "f", b"contents")
     os.utime(root / "f", ns=(OLD, OLD))
@@ -192,6 +198,7 @@ def test_utimes_now_and_omit(root: Path) -> None:
         utimensat_raw(root / "f", (0, 10**9), (0, 0))
 
 
+@pytest.mark.fuse_needs("symlinks")
 def test_symlink_times(root: Path) -> None:
     write_file(root / "f")
     (root / "l").symlink_to("f")
@@ -201,6 +208,7 @@ def test_symlink_times(root: Path) -> None:
     assert (root / "f").stat().st_mtime_ns == before
 
 
+@pytest.mark.fuse_needs("allocation")
 def test_sizes_and_blocks(root: Path) -> None:
     for size in (0, 1, 511, 512, 4096, 4097, 65536, 1_000_003):
         write_file(root / "f", b"x" * size)

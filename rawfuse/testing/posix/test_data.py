@@ -113,6 +113,7 @@ class TestReadWrite:
                 peer.call(os.pwrite, there, b"back", number * 100 + 50)
                 assert os.pread(fd, 4, number * 100 + 50) == b"back"
 
+    @pytest.mark.fuse_needs("links")
     def test_hard_links_share_contents(self, root: Path) -> None:
         write_file(root / "a", b"one")
         os.link(root / "a", root / "b")
@@ -170,6 +171,7 @@ class TestFlags:
             own = [line for line in lines if line.startswith(f"{number}:")]
             assert own == [f"{number}:{count}:" + "x" * (count % 50) for count in range(200)]
 
+    @pytest.mark.fuse_needs("allocation")
     def test_truncate_on_open(self, root: Path) -> None:
         write_file(root / "f", b"contents")
         with opened(root / "f", os.O_RDWR | os.O_TRUNC) as fd:
@@ -257,6 +259,7 @@ class TestTruncate:
             assert os.fstat(fd).st_size == 100
 
 
+@pytest.mark.fuse_needs("mmap")
 class TestMapping:
     def test_private_changes_stay_private(self, root: Path) -> None:
         write_file(root / "f", b"a" * 10_000)
@@ -316,6 +319,7 @@ class TestMapping:
         with opened(root / "f") as fd, fails(errno.EACCES):
             mmap.mmap(fd, 100, mmap.MAP_SHARED, mmap.PROT_WRITE)
 
+    @pytest.mark.fuse_needs("unlinked")
     def test_mapping_outlives_the_name(self, root: Path) -> None:
         write_file(root / "f", b"x" * 10_000)
         with opened(root / "f", os.O_RDWR) as fd:
@@ -336,6 +340,7 @@ def _poke(path: Path, at: int, value: int) -> None:
         mapping[at] = value
 
 
+@pytest.mark.fuse_needs("allocation", "mmap")
 class TestExerciser:
     """Random operations of every kind on one file against a byte array, as fsx does."""
 

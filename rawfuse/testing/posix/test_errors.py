@@ -9,12 +9,15 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from rawfuse.testing.peer import Peer
 from rawfuse.testing.syscalls import fails, opened, write_file
 
 LONG = "n" * 256
 
 
+@pytest.mark.fuse_needs("mknod", "symlinks", "links")
 def test_name_too_long(root: Path) -> None:
     write_file(root / "f")
     (root / "d").mkdir()
@@ -59,6 +62,7 @@ def test_missing_component(root: Path) -> None:
             attempt()
 
 
+@pytest.mark.fuse_needs("mknod")
 def test_component_is_no_directory(root: Path) -> None:
     write_file(root / "f")
     os.mkfifo(root / "p")
@@ -91,6 +95,7 @@ def test_directory_is_no_file(root: Path) -> None:
             os.ftruncate(fd, 0)
 
 
+@pytest.mark.fuse_needs("symlinks")
 def test_symlink_chain(root: Path) -> None:
     write_file(root / "l0", b"end")
     for number in range(1, 42):
@@ -157,6 +162,7 @@ def test_process_file_size_limit(root: Path) -> None:
     assert (root / "f").stat().st_size == 10_000
 
 
+@pytest.mark.fuse_needs("links")
 def test_across_file_systems(root: Path, tmp_path: Path) -> None:
     other = Path("/dev/shm") / f"rawfuse-test-{os.getpid()}"
     other.mkdir()
@@ -184,6 +190,7 @@ def test_text_busy(root: Path) -> None:
         pass
 
 
+@pytest.mark.fuse_needs("links", "symlinks")
 def test_failed_calls_change_nothing(root: Path) -> None:
     (root / "full" / "sub").mkdir(parents=True)
     write_file(root / "f", b"x")

@@ -15,9 +15,11 @@ import pytest
 from rawfuse.testing.peer import Peer
 from rawfuse.testing.syscalls import fails, ofd_lock, opened, posix_lock_owner, write_file
 
+pytestmark = pytest.mark.fuse_needs("locks")
+
 EX, SH, UN, NB = fcntl.LOCK_EX, fcntl.LOCK_SH, fcntl.LOCK_UN, fcntl.LOCK_NB
 RD, WR, FREE = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
-STILL_WAITING = 0.2
+STILL_WAITING = 0.1
 """Seconds after which a call that has not returned counts as waiting."""
 
 

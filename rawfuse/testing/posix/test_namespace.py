@@ -47,6 +47,7 @@ def make_each_kind(root: Path) -> dict[str, Path]:
 
 
 class TestCreate:
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_every_kind(self, root: Path) -> None:
         made = make_each_kind(root)
         kinds = {
@@ -64,24 +65,28 @@ class TestCreate:
         assert made["block"].stat().st_rdev == os.makedev(254, 65000)
         assert stat.S_IMODE(made["fifo"].stat().st_mode) == 0o640
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_listing_tells_the_kinds(self, root: Path) -> None:
         made = make_each_kind(root)
         with os.scandir(root) as entries:
             found = {entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in entries}
         assert found == {name: (path.lstat().st_ino, name == "dir") for name, path in made.items()}
 
+    @pytest.mark.fuse_needs("mknod", "devices")
     def test_device_works(self, root: Path) -> None:
         os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
         with opened(root / "null", os.O_RDWR) as fd:
             assert os.write(fd, b"gone") == 4
             assert os.read(fd, 10) == b""
 
+    @pytest.mark.fuse_needs("mknod")
     def test_fifo_carries_data(self, root: Path) -> None:
         os.mkfifo(root / "pipe")
         with opened(root / "pipe", os.O_RDWR) as fd:
             os.write(fd, b"through")
             assert os.read(fd, 100) == b"through"
 
+    @pytest.mark.fuse_needs("mknod")
     def test_socket_connects(self, root: Path) -> None:
         with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
             with opened(root, os.O_PATH) as here:
@@ -93,6 +98,7 @@ class TestCreate:
                 client.send(b"hello")
                 assert accepted.recv(10) == b"hello"
 
+    @pytest.mark.fuse_needs("symlinks")
     def test_exclusive(self, root: Path) -> None:
         write_file(root / "a")
         for name in ("a", "link"):
@@ -101,6 +107,7 @@ class TestCreate:
             with fails(errno.EEXIST):
                 os.open(root / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
 
+    @pytest.mark.fuse_needs("mknod", "symlinks", "links")
     def test_over_an_existing_name(self, root: Path) -> None:
         made = make_each_kind(root)
         for path in made.values():
@@ -113,12 +120,14 @@ class TestCreate:
             with fails(errno.EEXIST):
                 os.link(made["file"], path)
 
+    @pytest.mark.fuse_needs("symlinks")
     def test_through_a_symlink(self, root: Path) -> None:
         (root / "link").symlink_to("target")
         write_file(root / "link", b"data")
         assert read_file(root / "target") == b"data"
         assert (root / "link").is_symlink()
 
+    @pytest.mark.fuse_needs("mknod", "links", "symlinks")
     def test_parent_times(self, root: Path) -> None:
         def created(name: str, how: str) -> None:
             age(root)
@@ -187,6 +196,7 @@ class TestCreate:
         os.close(here)
 
 
+@pytest.mark.fuse_needs("symlinks")
 class TestSymlinks:
     @pytest.mark.parametrize("length", [1, 59, 60, 255, 1000, 4095])
     def test_lengths(self, root: Path, length: int) -> None:
@@ -225,6 +235,7 @@ class TestSymlinks:
         with fails(errno.ELOOP):
             os.open(root / "a", os.O_CREAT | os.O_WRONLY)
 
+    @pytest.mark.fuse_needs("links")
     def test_hard_link_to_a_symlink(self, root: Path) -> None:
         (root / "link").symlink_to("target")
         os.link(root / "link", root / "second", follow_symlinks=False)
@@ -238,6 +249,7 @@ class TestSymlinks:
                 os.readlink(path)
 
 
+@pytest.mark.fuse_needs("links")
 class TestLink:
     def test_same_inode(self, root: Path) -> None:
         write_file(root / "a", b"one")
@@ -260,6 +272,7 @@ class TestLink:
         os.unlink(root / "a")
         assert read_file(root / "d" / "b") == b"x"
 
+    @pytest.mark.fuse_needs("mknod", "links", "symlinks")
     def test_of_special_files(self, root: Path) -> None:
         made = make_each_kind(root)
         for kind in ("fifo", "socket", "char", "block"):
@@ -286,6 +299,7 @@ class TestLink:
 
 
 class TestRemove:
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_every_kind(self, root: Path) -> None:
         for kind, path in make_each_kind(root).items():
             age(root)
@@ -298,6 +312,7 @@ class TestRemove:
                 path.lstat()
         assert os.listdir(root) == []
 
+    @pytest.mark.fuse_needs("links")
     def test_unlink_changes_ctime(self, root: Path) -> None:
         write_file(root / "a")
         os.link(root / "a", root / "b")
@@ -341,6 +356,7 @@ class TestRemove:
 
 
 class TestDirectoryCounts:
+    @pytest.mark.fuse_needs("nlink")
     def test_nlink(self, root: Path) -> None:
         assert root.stat().st_nlink == 2
         for number in range(3):
@@ -375,6 +391,7 @@ class TestRename:
         assert after.st_ctime_ns >= before.st_ctime_ns
         assert root.stat().st_mtime_ns > OLD
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_every_kind_across_directories(self, root: Path) -> None:
         (root / "from").mkdir()
         (root / "to").mkdir()
@@ -387,6 +404,7 @@ class TestRename:
             assert (root / "to").stat().st_mtime_ns > OLD
         assert os.listdir(root / "from") == []
 
+    @pytest.mark.fuse_needs("links")
     def test_replaces_a_file(self, root: Path) -> None:
         write_file(root / "a", b"new")
         write_file(root / "b", b"old")
@@ -396,6 +414,7 @@ class TestRename:
         assert read_file(root / "keep") == b"old"
         assert (root / "keep").stat().st_nlink == 1
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_replaces_other_kinds_but_directories(self, root: Path) -> None:
         for kind, path in make_each_kind(root).items():
             write_file(root / "new", b"new")
@@ -406,6 +425,7 @@ class TestRename:
                 os.rename(root / "new", path)
                 assert read_file(path) == b"new"
 
+    @pytest.mark.fuse_needs("nlink")
     def test_replaces_an_empty_directory(self, root: Path) -> None:
         (root / "a" / "sub").mkdir(parents=True)
         (root / "b").mkdir()
@@ -419,6 +439,7 @@ class TestRename:
         with fails(errno.ENOTEMPTY, errno.EEXIST):
             os.rename(root / "a", root / "b")
 
+    @pytest.mark.fuse_needs("symlinks")
     def test_directory_over_a_file(self, root: Path) -> None:
         (root / "a").mkdir()
         write_file(root / "f")
@@ -427,6 +448,7 @@ class TestRename:
             with fails(errno.ENOTDIR):
                 os.rename(root / "a", root / name)
 
+    @pytest.mark.fuse_needs("links")
     def test_onto_itself(self, root: Path) -> None:
         write_file(root / "a", b"x")
         os.link(root / "a", root / "b")
@@ -457,6 +479,7 @@ class TestRename:
             os.rename(root / "a", root / "none" / "a")
         assert (root / "a").exists()
 
+    @pytest.mark.fuse_needs("rename-flags")
     def test_noreplace(self, root: Path) -> None:
         write_file(root / "a", b"a")
         write_file(root / "b", b"b")
@@ -465,12 +488,14 @@ class TestRename:
         rename2(root / "a", root / "c", RENAME_NOREPLACE)
         assert read_file(root / "c") == b"a"
 
+    @pytest.mark.fuse_needs("rename-flags")
     def test_exchange_files(self, root: Path) -> None:
         write_file(root / "a", b"a")
         write_file(root / "b", b"b")
         rename2(root / "a", root / "b", RENAME_EXCHANGE)
         assert (read_file(root / "a"), read_file(root / "b")) == (b"b", b"a")
 
+    @pytest.mark.fuse_needs("rename-flags", "nlink")
     def test_exchange_kinds_across_directories(self, root: Path) -> None:
         (root / "p").mkdir()
         (root / "q").mkdir()
@@ -482,6 +507,7 @@ class TestRename:
         assert ((root / "p").stat().st_nlink, (root / "q").stat().st_nlink) == (2, 3)
         assert os.stat(f"{root}/q/file/..").st_ino == (root / "q").stat().st_ino
 
+    @pytest.mark.fuse_needs("rename-flags")
     def test_exchange_errors(self, root: Path) -> None:
         write_file(root / "a")
         with fails(errno.ENOENT):
@@ -496,6 +522,7 @@ class TestRename:
         with fails(errno.EINVAL):
             rename2(root / "a", root / "b", 64)
 
+    @pytest.mark.fuse_needs("rename-flags", "mknod")
     def test_whiteout(self, root: Path) -> None:
         write_file(root / "a", b"a")
         rename2(root / "a", root / "b", RENAME_WHITEOUT)

@@ -14,6 +14,8 @@ import pytest
 from rawfuse.testing.peer import ALICE, BOB, ROOT, STAFF, Peer, User, as_user
 from rawfuse.testing.syscalls import UTIME_NOW, fails, opened, read_file, utimensat_raw, write_file
 
+pytestmark = pytest.mark.fuse_needs("other-users")
+
 Calls = tuple[tuple[Callable[..., object], tuple[object, ...]], ...]
 
 
@@ -81,6 +83,7 @@ class TestModeBits:
             with fails(errno.EACCES):
                 bob.call(os.stat, root / "d" / "f")
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_directory_write(self, root: Path) -> None:
         (root / "d").mkdir()
         write_file(root / "d" / "f")
@@ -157,6 +160,7 @@ class TestOwnership:
         with fails(errno.EACCES):
             as_user(BOB, utimensat_raw, root / "f", now, now)
 
+    @pytest.mark.fuse_needs("mknod")
     def test_devices_are_for_root(self, root: Path) -> None:
         root.chmod(0o777)
         with fails(errno.EPERM):
@@ -215,6 +219,7 @@ class TestSticky:
 
 
 class TestSetGidDirectories:
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_inheritance(self, root: Path) -> None:
         (root / "d").mkdir()
         os.chown(root / "d", 0, STAFF)
@@ -230,6 +235,7 @@ class TestSetGidDirectories:
         assert mode_of(root / "d" / "sub") == 0o2755
         assert mode_of(root / "d" / "f") & stat.S_ISGID == 0
 
+    @pytest.mark.fuse_needs("setid")
     def test_set_gid_file_by_a_stranger_to_the_group(self, root: Path) -> None:
         """A set-group-ID executable cannot be made for a group that its maker is not in (kernel: inode_init_owner)."""
         (root / "d").mkdir()
@@ -247,6 +253,7 @@ def _open_close_mode(path: Path, mode: int) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
 
 
+@pytest.mark.fuse_needs("setid")
 class TestSetIdClearing:
     """Modifying a file takes its set-id bits away, unless the caller has CAP_FSETID."""
 
@@ -320,6 +327,7 @@ class TestSetIdClearing:
         assert mode_of(program) == 0o6777
 
 
+@pytest.mark.fuse_needs("setid")
 def test_set_uid_program_runs_as_its_owner(root: Path) -> None:
     write_file(root / "id", Path("/usr/bin/id").read_bytes(), 0o755)
     give(root / "id", ALICE, 0o4755)

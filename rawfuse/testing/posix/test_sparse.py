@@ -40,6 +40,7 @@ def regions(fd: int) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.fuse_needs("allocation")
 class TestHoles:
     def test_read_as_zero(self, root: Path) -> None:
         with opened(root / "f", RW) as fd:
@@ -96,6 +97,7 @@ class TestHoles:
             assert os.lseek(fd, 0, os.SEEK_END) == 5001
 
 
+@pytest.mark.fuse_needs("allocation")
 class TestFallocate:
     def test_default_extends(self, root: Path) -> None:
         with opened(root / "f", RW) as fd:
@@ -191,6 +193,7 @@ class TestLarge:
             assert os.fstat(fd).st_size == (4 << 30) + 8
 
     @pytest.mark.fuse_needs("large-file")
+    @pytest.mark.fuse_needs("allocation")
     def test_16_tib(self, root: Path) -> None:
         end = 1 << 44
         with opened(root / "f", RW) as fd:
@@ -302,6 +305,7 @@ class TestCopyRange:
         assert (root / "b").stat().st_mtime_ns > 10**18
 
 
+@pytest.mark.fuse_needs("allocation")
 class TestSpace:
     def test_blocks_follow_the_contents(self, root: Path) -> None:
         with opened(root / "f", RW) as fd:

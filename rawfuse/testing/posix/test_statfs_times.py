@@ -32,6 +32,7 @@ class TestTimestamps:
             2**32 * SECOND + 999_999_999,
         ],
     )
+    @pytest.mark.fuse_needs("symlinks")
     def test_kept_exactly(self, root: Path, nanoseconds: int) -> None:
         write_file(root / "f")
         (root / "d").mkdir()
@@ -87,6 +88,7 @@ class TestTimestamps:
         assert first.st_mtime_ns == second.st_mtime_ns == third.st_mtime_ns
 
 
+@pytest.mark.fuse_needs("atime")
 class TestAccessTime:
     """relatime: reading sets the access time when it is not younger than mtime and ctime (mount(8))."""
 
@@ -102,6 +104,7 @@ class TestAccessTime:
         os.listdir(root / "d")
         assert (root / "d").stat().st_atime_ns > 2 * SECOND
 
+    @pytest.mark.fuse_needs("symlinks")
     def test_reading_a_symlink(self, root: Path) -> None:
         (root / "l").symlink_to("x")
         os.utime(root / "l", ns=(SECOND, 2 * SECOND), follow_symlinks=False)
@@ -130,6 +133,7 @@ class TestAccessTime:
         assert (root / "f").stat().st_atime_ns == young
 
 
+@pytest.mark.fuse_needs("btime", "symlinks")
 class TestBirthTime:
     def test_set_once(self, root: Path) -> None:
         before = time.time_ns() - SECOND

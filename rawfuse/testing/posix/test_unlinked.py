@@ -16,6 +16,7 @@ from rawfuse.testing.syscalls import fails, link_fd, opened, read_file, write_fi
 RW = os.O_RDWR | os.O_CREAT
 
 
+@pytest.mark.fuse_needs("unlinked")
 class TestOpenFiles:
     @pytest.mark.parametrize("how", ["unlink", "rename"])
     @pytest.mark.parametrize("size", [10, 200_000])
@@ -90,6 +91,7 @@ class TestOpenFiles:
             assert peer.call(os.pread, fd, 10, 0) == b"DATA"
         assert os.listdir(root) == []
 
+    @pytest.mark.fuse_needs("links")
     def test_other_links_stay(self, root: Path) -> None:
         with opened(root / "f", RW) as fd:
             os.link(root / "f", root / "g")
@@ -106,6 +108,7 @@ class TestOpenFiles:
                 os.unlink(root / "f")
         assert os.listdir(root) == []
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_fifo_and_symlink(self, root: Path) -> None:
         os.mkfifo(root / "p")
         with opened(root / "p", os.O_RDWR) as fd:
@@ -119,7 +122,9 @@ class TestOpenFiles:
             assert os.readlink("", dir_fd=fd) == "target"
 
 
+@pytest.mark.fuse_needs("unlinked")
 class TestOpenDirectories:
+    @pytest.mark.fuse_needs("symlinks")
     def test_removed_while_open(self, root: Path) -> None:
         (root / "d").mkdir()
         with opened(root / "d") as fd:
@@ -135,6 +140,7 @@ class TestOpenDirectories:
                 with fails(errno.ENOENT):
                     attempt()
 
+    @pytest.mark.fuse_needs("links")
     def test_moving_into_a_removed_one(self, root: Path) -> None:
         (root / "d").mkdir()
         write_file(root / "f")
@@ -171,7 +177,9 @@ class TestOpenDirectories:
         assert os.listdir(root / "b") == ["sub"]
 
 
+@pytest.mark.fuse_needs("tmpfile")
 class TestUnnamedFiles:
+    @pytest.mark.fuse_needs("xattr", "mmap")
     def test_is_like_any_file(self, root: Path) -> None:
         with opened(root, os.O_TMPFILE | os.O_RDWR, 0o640) as fd:
             made = os.fstat(fd)
@@ -185,6 +193,7 @@ class TestUnnamedFiles:
         assert os.listdir(root) == []
 
     @pytest.mark.parametrize("size", [0, 10, 200_000])
+    @pytest.mark.fuse_needs("links")
     def test_linked_later(self, root: Path, size: int) -> None:
         with opened(root, os.O_TMPFILE | os.O_RDWR, 0o600) as fd:
             os.write(fd, b"x" * size)
@@ -198,6 +207,7 @@ class TestUnnamedFiles:
         os.unlink(root / "g")
         assert (root / "f").stat().st_nlink == 1
 
+    @pytest.mark.fuse_needs("links")
     def test_linked_in_another_directory(self, root: Path) -> None:
         (root / "d").mkdir()
         with opened(root, os.O_TMPFILE | os.O_WRONLY, 0o600) as fd:
@@ -215,6 +225,7 @@ class TestUnnamedFiles:
         with opened(root, os.O_TMPFILE | os.O_WRONLY, 0o600) as fd, fails(errno.EEXIST):
             link_fd(fd, root / "f")
 
+    @pytest.mark.fuse_needs("links")
     def test_umask_and_group(self, root: Path) -> None:
         (root / "d").mkdir()
         os.chown(root / "d", 0, 60010)
