@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TextIO, get_args
 
 import uvloop
 
 from rawfuse import FileSystem, FuseError, MountOptions, Session, Settings
+from rawfuse.negotiate import TransportName
 
 
 def main(
@@ -27,6 +28,7 @@ def main(
         add_arguments(parser)
     parser.add_argument("mountpoint")
     parser.add_argument("--trace", metavar="FILE", help="write a line per request and reply ('-': standard error)")
+    parser.add_argument("--transport", choices=get_args(TransportName), default=Settings.transport)
     parser.add_argument("--asyncio", action="store_true", help="run on asyncio's own event loop instead of uvloop")
     parser.add_argument("--debug", action="store_true")
     arguments = parser.parse_args()
@@ -36,14 +38,15 @@ def main(
         trace = sys.stderr if arguments.trace == "-" else open(arguments.trace, "w")  # noqa: SIM115
     try:
         with asyncio.Runner(loop_factory=None if arguments.asyncio else uvloop.new_event_loop) as runner:
-            runner.run(_serve(make(arguments), name, arguments.mountpoint, trace))
+            settings = Settings(transport=arguments.transport)
+            runner.run(_serve(make(arguments), name, arguments.mountpoint, settings, trace))
     except OSError as error:
         sys.exit(f"{name}: {error.strerror or error}")
 
 
-async def _serve(filesystem: FileSystem, name: str, mountpoint: str, trace: TextIO | None) -> None:
+async def _serve(filesystem: FileSystem, name: str, mountpoint: str, settings: Settings, trace: TextIO | None) -> None:
     options = MountOptions(source=name, subtype=name, allow_other=os.geteuid() == 0)
-    session = Session(filesystem, mountpoint, options, settings=Settings(), trace=trace)
+    session = Session(filesystem, mountpoint, options, settings=settings, trace=trace)
     told_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -50,6 +50,9 @@ class Server(Protocol):
 class Channel(ABC):
     """A source of requests with its own way to reply. Every method is called in the event loop's thread."""
 
+    lock_waits = 1 << 16
+    """Blocking locks that may wait at the same time; ENOLCK to one more."""
+
     @abstractmethod
     def begin(self, server: Server) -> None:
         """Read requests from now on."""

@@ -9,14 +9,15 @@ import os
 import sys
 
 from rawfuse._kernel import ffi, lib
-from rawfuse.abi import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN, DEV_IOC_SYNC_INIT
+from rawfuse.abi import DEV_IOC_BACKING_CLOSE, DEV_IOC_BACKING_OPEN, DEV_IOC_CLONE, DEV_IOC_SYNC_INIT
 from rawfuse.errors import FuseError
 from rawfuse.negotiate import PAGE
 from rawfuse.wire import Codec
 
 PATH = "/dev/fuse"
 _BACKING_MAP = Codec("fuse_backing_map")
-_WRITE_PAYLOAD = Codec("fuse_in_header").size + Codec("fuse_write_in").size
+WRITE_LEAD = Codec("fuse_in_header").size + Codec("fuse_write_in").size
+"""Bytes of a WRITE before its payload."""
 
 
 class RequestBuffer:
@@ -25,7 +26,7 @@ class RequestBuffer:
     __slots__ = ("_memory", "pointer", "size", "view")
 
     def __init__(self, size: int) -> None:
-        lead = PAGE - _WRITE_PAYLOAD
+        lead = PAGE - WRITE_LEAD
         self._memory = mmap.mmap(-1, lead + size)
         self.view = memoryview(self._memory)[lead:]
         self.pointer = ffi.cast("char *", ffi.from_buffer(self._memory)) + lead
@@ -58,6 +59,16 @@ class Device:
         except OSError:
             return False
         return True
+
+    def clone(self) -> Device:
+        """Another descriptor of this connection, with a list of its own of requests to be answered. FuseError."""
+        clone = Device.open()
+        try:
+            fcntl.ioctl(clone.fd, DEV_IOC_CLONE, self.fd.to_bytes(4, sys.byteorder))
+        except OSError as error:
+            clone.close()
+            raise FuseError(error.errno or errno.EIO, f"cannot clone {PATH}: {error.strerror}") from error
+        return clone
 
     def read(self, buffer: RequestBuffer) -> int:
         """One request; its length, or ``-errno``: EAGAIN nothing there, ENODEV unmounted, ECONNABORTED aborted."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from rawfuse.abi import KERNEL_MAJOR, KERNEL_MINOR, OLDEST_MINOR, InitFlag, Opcode
 from rawfuse.errors import FuseError
@@ -124,7 +124,8 @@ FEATURES: dict[InitFlag, Feature] = {
         default_permissions=True,
         promise="uid and gid are not looked at but where an inode is made: elsewhere they are INVALID_UIDGID",
     ),
-    _F.OVER_IO_URING: _OFF,
+    # Without a ring the kernel would hold back every request for ever.
+    _F.OVER_IO_URING: Feature(True, minor=42),
     _F.REQUEST_TIMEOUT: _ON,
 }
 
@@ -154,6 +155,8 @@ DEFAULT = (
 
 _NONE = InitFlag(0)
 
+TransportName = Literal["device", "clones", "uring"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -181,6 +184,12 @@ class Settings:
     """Requests whose handlers wait at the same time before reading pauses; blocking locks do not count."""
     max_bytes_in_flight: int = 128 << 20
     """Memory of such requests before reading pauses: request buffers kept, and the replies that READ asks for."""
+    transport: TransportName = "device"
+    """How requests are read and answered: on ``/dev/fuse``, on several descriptors of it, or through io_uring (Linux
+    6.14 with fuse.enable_uring=Y; ``max_write`` of 128 KiB at least; memory: see ``rawfuse.uring``). Where one of these
+    is not to be had, the device is used; see ``Session.transport``."""
+    readers: int = 2
+    """Descriptors of the transport "clones"."""
     refuse: InitFlag = _NONE
     """Features to leave out although they are wanted."""
 
@@ -193,6 +202,10 @@ class Settings:
             raise ValueError("max_write and max_readahead are 32 bits wide")
         if self.max_stack_depth not in (1, 2):
             raise ValueError(f"max_stack_depth is 1 or 2, not {self.max_stack_depth}")
+        if self.transport not in get_args(TransportName):
+            raise ValueError(f"transport is one of {', '.join(get_args(TransportName))}, not {self.transport}")
+        if self.readers < 2:
+            raise ValueError(f"readers must be at least 2, not {self.readers}")
         if self.max_in_flight < 1 or self.max_bytes_in_flight < 1:
             raise ValueError("max_in_flight and max_bytes_in_flight must be at least 1")
 
@@ -225,14 +238,24 @@ def page_limit() -> int:
         return _DEFAULT_PAGES_LIMIT
 
 
-def negotiate(init: Init, filesystem: FileSystem, settings: Settings, *, default_permissions: bool = True) -> Agreement:
-    """Agree on what the kernel offers; ``default_permissions`` is the mount option. EPROTO for a kernel that speaks
-    less than 7.31."""
+def negotiate(
+    init: Init,
+    filesystem: FileSystem,
+    settings: Settings,
+    *,
+    default_permissions: bool = True,
+    ring_stands: bool = False,
+) -> Agreement:
+    """Agree on what the kernel offers; ``default_permissions`` is the mount option, ``ring_stands`` whether there is
+    a ring for OVER_IO_URING. EPROTO for a kernel that speaks less than 7.31."""
     if init.major < KERNEL_MAJOR or (init.major == KERNEL_MAJOR and init.minor < OLDEST_MINOR):
         raise FuseError(
             errno.EPROTO, f"the kernel speaks FUSE {init.major}.{init.minor}; 7.{OLDEST_MINOR} (Linux 5.2) is needed"
         )
-    wanted = (DEFAULT | filesystem.features) & ~(filesystem.unwanted | settings.refuse)
+    wanted = DEFAULT | filesystem.features
+    if ring_stands:
+        wanted |= InitFlag.OVER_IO_URING
+    wanted &= ~(filesystem.unwanted | settings.refuse)
     if settings.request_timeout:
         wanted |= InitFlag.REQUEST_TIMEOUT
     wanted &= _union(FEATURES)
@@ -240,6 +263,8 @@ def negotiate(init: Init, filesystem: FileSystem, settings: Settings, *, default
     for flag, feature in FEATURES.items():
         if flag & wanted and (why := _objection(flag, feature, init, filesystem)):
             refused[flag] = why
+    if wanted & InitFlag.OVER_IO_URING and not ring_stands:
+        refused[InitFlag.OVER_IO_URING] = "there is no ring; Settings.transport makes one"
     agreed = _compatible(wanted & ~_union(refused), refused, default_permissions)
     pages = 32
     if agreed & InitFlag.MAX_PAGES:

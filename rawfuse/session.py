@@ -14,7 +14,6 @@ from rawfuse import ops
 from rawfuse._kernel import lib
 from rawfuse.abi import KERNEL_MAJOR, InitFlag, Opcode
 from rawfuse.backing import BackingFiles
-from rawfuse.channel import DeviceChannel
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.dispatcher import Dispatcher
 from rawfuse.errors import FuseError, ProtocolError
@@ -24,6 +23,7 @@ from rawfuse.negotiate import Agreement, Settings, encode_init, encode_old_major
 from rawfuse.notify import Notifier
 from rawfuse.table import TABLE
 from rawfuse.trace import Trace
+from rawfuse.transport import Transport
 from rawfuse.wire import InMessage, OutMessage
 
 log = logging.getLogger("rawfuse")
@@ -54,11 +54,21 @@ class Session:
         self.options = options or MountOptions()
         self.settings = settings or Settings()
         self._trace = Trace(trace) if trace is not None else None
-        self._device: Device | None = None
+        self._transport: Transport | None = None
         self._dispatcher: Dispatcher | None = None
         self.agreement: Agreement | None = None
         self.notifier: Notifier | None = None
         """Sends notifications to the kernel while the mount lives."""
+
+    @property
+    def transport(self) -> str:
+        """What carries the requests of the mount, "device", "clones" or "uring"; empty before there is one."""
+        return self._transport.used if self._transport is not None else ""
+
+    @property
+    def transport_fallback(self) -> str:
+        """Why that is the device although the settings ask for another; empty otherwise."""
+        return self._transport.fallback if self._transport is not None else ""
 
     async def mount(self) -> None:
         """Returns when the mount is there and INIT is agreed. ``OSError`` with a text that says why not; nothing is
@@ -74,27 +84,30 @@ class Session:
         loop = asyncio.get_running_loop()
         if privileged():
             device = Device.open()
+            transport = Transport(device, self.settings)
             try:
-                exchange = _InitExchange(device, self.filesystem, self.settings, self.options)
+                exchange = _InitExchange(transport, self.filesystem, self.settings, self.options)
                 agreement = await asyncio.to_thread(self._mount_directly, device, exchange)
             except BaseException:
-                device.close()
+                transport.close()
                 raise
         else:
             device = Device(await asyncio.to_thread(mount_by_helper, self.mountpoint, self.options))
-            exchange = _InitExchange(device, self.filesystem, self.settings, self.options)
+            transport = Transport(device, self.settings)
+            exchange = _InitExchange(transport, self.filesystem, self.settings, self.options)
             try:
                 agreement = await asyncio.to_thread(exchange.run)
             except BaseException:
-                device.close()
+                transport.close()
                 with contextlib.suppress(FuseError):  # somebody may have unmounted it already
                     await asyncio.to_thread(unmount, self.mountpoint, lazy=True)
                 raise
-        self._device, self.agreement = device, agreement
+        self._transport, self.agreement = transport, agreement
         for flag, why in agreement.refused.items():
             log.debug("INIT: no %s: %s", flag.name, why)
+        channels = transport.open(agreement, loop)
+        log.info("%s is mounted; transport: %s", self.mountpoint, transport.used)
         self.notifier = Notifier(device, agreement)
-        channels = [DeviceChannel(device, agreement.buffer_size, loop, self.settings.busy_poll)]
         backing = BackingFiles(device) if agreement.flags & InitFlag.PASSTHROUGH else None
         self._dispatcher = Dispatcher(
             channels, self.filesystem, agreement, self.settings, loop, self.notifier, backing, self._trace
@@ -131,8 +144,8 @@ class Session:
     async def serve(self) -> None:
         """Returns when the file system has been unmounted, from here or outside, or its connection was aborted; then
         all handlers have ended and ``FileSystem.destroy`` has run."""
-        dispatcher, device = self._dispatcher, self._device
-        if dispatcher is None or device is None:
+        dispatcher, transport = self._dispatcher, self._transport
+        if dispatcher is None or transport is None:
             raise RuntimeError("mount first")
         try:
             await dispatcher.ended
@@ -143,8 +156,7 @@ class Session:
                 await dispatcher.drained()
                 await self.filesystem.destroy()
             finally:
-                device.close()
-                self._device = None
+                transport.close()
 
     async def unmount(self, *, lazy: bool = False) -> None:
         """Unmount; ``serve`` returns afterwards. EBUSY while files are open. ``lazy``: detach at once and end the
@@ -158,8 +170,9 @@ class Session:
 class _InitExchange:
     """INIT, read and answered with blocking calls in a thread, before the event loop takes the device over."""
 
-    def __init__(self, device: Device, filesystem: FileSystem, settings: Settings, options: MountOptions) -> None:
-        self._device = device
+    def __init__(self, transport: Transport, filesystem: FileSystem, settings: Settings, options: MountOptions) -> None:
+        self._device = transport.device
+        self._ring_stands = transport.ring_stands
         self._filesystem = filesystem
         self._settings = settings
         self._default_permissions = options.default_permissions
@@ -202,7 +215,13 @@ class _InitExchange:
             self._send(OutMessage(init.unique, [encode_old_major()]))
             return
         try:
-            agreement = negotiate(init, self._filesystem, self._settings, default_permissions=self._default_permissions)
+            agreement = negotiate(
+                init,
+                self._filesystem,
+                self._settings,
+                default_permissions=self._default_permissions,
+                ring_stands=self._ring_stands,
+            )
         except FuseError as error:
             self._send(OutMessage(init.unique, error=-(error.errno or errno.EPROTO)))
             raise

@@ -92,9 +92,26 @@ def _init_ext(flag: InitFlag) -> InitFlag:
 def test_what_is_served_can_be_had(flag: InitFlag) -> None:
     feature = FEATURES[flag]
     settings = Settings(refuse=feature.excludes, request_timeout=flag == InitFlag.REQUEST_TIMEOUT and 60)
-    agreed = negotiate(init(), Wishes(flag | feature.requires), settings)
+    agreed = negotiate(init(), Wishes(flag | feature.requires), settings, ring_stands=True)
     assert agreed.flags & flag
     assert flag not in agreed.refused
+
+
+def test_io_uring_needs_a_ring() -> None:
+    """Without one the kernel would hold back every request for ever (dev.c: fuse_block_alloc)."""
+    ring = InitFlag.OVER_IO_URING
+    agreed = negotiate(init(), Wishes(ring), Settings(transport="uring"))
+    assert not agreed.flags & ring
+    assert "no ring" in agreed.refused[ring]
+    assert not negotiate(init(), Everything(), Settings()).flags & ring
+    assert negotiate(init(), Everything(), Settings(), ring_stands=True).flags & ring
+    for refused in (
+        negotiate(init(0), Everything(), Settings(), ring_stands=True),
+        negotiate(init(minor=41), Everything(), Settings(), ring_stands=True),
+        negotiate(init(), Everything(), Settings(refuse=ring), ring_stands=True),
+        negotiate(init(), Everything(), Settings(refuse=InitFlag.INIT_EXT), ring_stands=True),
+    ):
+        assert not refused.flags & ring
 
 
 def test_idmapped_mounts_need_the_permission_checks_of_the_kernel() -> None:

@@ -1,0 +1,260 @@
+"""FUSE over io_uring (protocol 7.42): requests come into memory shared with the kernel, and one system call gives it
+any number of replies and takes any number of requests.
+
+The kernel has a queue for each possible CPU and puts a request into an armed entry of its caller's queue. One ring
+carries the entries of all queues; an eventfd tells the event loop. INTERRUPT and FORGET stay on ``/dev/fuse``, so
+a ``DeviceChannel`` goes on beside the ``RingChannel``.
+
+An entry holds its request until the reply. A queue whose entries all hold requests of waiting handlers gets another
+one, because what ends a wait (for a lock, say) may be a request behind it: there are ``DEPTH`` entries for each queue
+at first and at most ``MOST_ENTRIES`` in all. Each has memory of its own for the largest request (``max_write``, 1 MiB
+by default), of which only pages that were used take room; the kernel takes the entry that was free last, so these are
+about what has been in flight at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from pathlib import Path
+from time import perf_counter_ns
+
+from rawfuse._kernel import ffi, lib
+from rawfuse.abi import Opcode
+from rawfuse.channel import BURST, Channel, Server
+from rawfuse.device import WRITE_LEAD, Device, RequestBuffer
+from rawfuse.encode import Message
+from rawfuse.errors import FuseError
+from rawfuse.wire import OUT_HEADER, InMessage
+
+log = logging.getLogger("rawfuse")
+
+DEPTH = 4
+"""Entries of each queue at first."""
+
+MOST_ENTRIES = 4096
+"""Entries in all. When each holds a request, more requests wait in the kernel."""
+
+LEAST_PAYLOAD = 128 << 10
+"""The kernel does not look whether a request fits into an entry and stops the caller for good if not (dev.c:
+fuse_copy_fill); the largest one that ``max_write`` does not limit is a SETXATTR of 64 KiB."""
+
+_POSSIBLE = Path("/sys/devices/system/cpu/possible")
+_ENDED = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
+_LENGTH = (1 << 32) - 1
+
+
+def possible_cpus() -> int:
+    """How many CPUs this host could have (num_possible_cpus), online or not. OSError when sysfs does not tell."""
+    count = 0
+    for part in _POSSIBLE.read_text().strip().split(","):
+        first, _, last = part.partition("-")
+        count += int(last or first) - int(first) + 1
+    return count
+
+
+class Ring:
+    """The ring and its entries, made before INIT: from the INIT reply that agrees to OVER_IO_URING on, the kernel
+    holds back every request until each queue has an entry. All calls come from the thread that made it."""
+
+    def __init__(self, device: Device, payload: int) -> None:
+        """``payload``: the largest request and reply, without their headers. FuseError with a text that says why this
+        host gives no ring."""
+        if payload < LEAST_PAYLOAD:
+            raise FuseError(errno.EINVAL, f"max_write is less than {LEAST_PAYLOAD >> 10} KiB")
+        self.payload = payload
+        self.messages: list[InMessage] = []
+        self._memory: list[RequestBuffer] = []
+        try:
+            self._queues = possible_cpus()
+        except OSError as error:
+            raise FuseError(error.errno or errno.ENOENT, f"the number of possible CPUs is unknown: {error}") from error
+        result = ffi.new("struct rawfuse_ring **")
+        failed = -lib.rawfuse_ring_open(device.fd, self._queues, max(MOST_ENTRIES, self._queues), payload, result)
+        if failed:
+            raise FuseError(failed, f"io_uring: {os.strerror(failed)}")
+        self.pointer = result[0]
+        self.fd = int(lib.rawfuse_ring_fd(self.pointer))
+        try:
+            self._spare = [self._allocate() for _ in range(self._queues * DEPTH)]
+        except OSError:
+            self.close()
+            raise
+
+    def _allocate(self) -> RequestBuffer:
+        # A payload may be moved up behind a longer structure than that of a WRITE.
+        return RequestBuffer(WRITE_LEAD + self.payload + WRITE_LEAD)
+
+    def register(self) -> None:
+        """Give each queue its entries, after the INIT reply. FuseError: the kernel refused one, and serves the device
+        as if there had been no ring."""
+        # The kernel begins to use the ring with the last queue's first entry, so until then all can be called off. The
+        # highest queue comes first: a wrong number of CPUs shows there.
+        for queue in reversed(range(self._queues)):
+            error = self._add(queue)
+            if error:
+                raise FuseError(error, f"REGISTER of queue {queue} of {self._queues}: {os.strerror(error)}")
+        for queue in range(self._queues):
+            for _ in range(DEPTH - 1):
+                self._add(queue)
+        self._spare.clear()
+
+    def _add(self, queue: int) -> int:
+        try:
+            memory = self._spare.pop() if self._spare else self._allocate()
+        except OSError as error:
+            return error.errno or errno.ENOMEM
+        index = lib.rawfuse_ring_register(self.pointer, queue, memory.pointer)
+        if index < 0:
+            return -int(index)
+        self._memory.append(memory)
+        self.messages.append(InMessage(memory.view))
+        return 0
+
+    def grow(self) -> None:
+        """One more entry for each queue that has none left, as far as there may be more."""
+        while len(self.messages) < MOST_ENTRIES:
+            queue = lib.rawfuse_ring_exhausted(self.pointer)
+            if queue < 0 or self._add(queue):
+                return
+
+    def reply(self, unique: int, message: Message) -> int:
+        """Queue a reply; 0, or ``-errno``: ENOENT, no entry holds that request; EINVAL, the reply is too long; ENODEV,
+        the ring is closed."""
+        if not self.pointer:
+            return -errno.ENODEV
+        if isinstance(message, bytes):
+            return int(lib.rawfuse_ring_reply(self.pointer, unique, message, len(message)))
+        index = lib.rawfuse_ring_find(self.pointer, unique)
+        if index < 0:
+            return int(index)
+        view = self._memory[index].view
+        header, *body = message
+        end = WRITE_LEAD
+        for part in body:
+            start, end = end, end + len(part)
+            if end > WRITE_LEAD + self.payload:
+                return -errno.EINVAL
+            view[start:end] = part
+        return int(lib.rawfuse_ring_commit(self.pointer, index, header, end - WRITE_LEAD))
+
+    def flush(self) -> None:
+        """Give the kernel the replies that are queued."""
+        if self.pointer:
+            lib.rawfuse_ring_flush(self.pointer)
+
+    def close(self) -> None:
+        """Give the ring up; replies come to nothing from then on."""
+        lib.rawfuse_ring_close(self.pointer)
+        self.pointer = ffi.NULL
+
+
+class RingChannel(Channel):
+    """Requests of a registered ring. ``busy_poll``: nanoseconds for which it looks for the next request before it
+    sleeps, while they come that fast."""
+
+    lock_waits = MOST_ENTRIES // 2
+
+    def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop, busy_poll: int = 0) -> None:
+        self._ring = ring
+        self._loop = loop
+        self._server: Server
+        self._reading = False
+        self._in_burst = False
+        self._flushing = False
+        self._held = 0
+        self._busy_poll = self._patience = busy_poll
+        self._slept = 0
+
+    def begin(self, server: Server) -> None:
+        self._server = server
+        self.resume()
+
+    def pause(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._ring.fd)
+
+    def resume(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._loop.add_reader(self._ring.fd, self._on_readable)
+            self._loop.call_soon(self._on_readable)
+
+    def end(self) -> None:
+        self.pause()
+
+    def reply(self, unique: int, message: Message) -> int:
+        error = self._ring.reply(unique, message)
+        if error < 0:
+            return error
+        self._held -= 1
+        if not self._in_burst and not self._flushing:
+            # All that finish in this turn of the event loop go out together.
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+        return 0
+
+    def lend(self) -> None:
+        return None
+
+    def give_back(self, buffer: RequestBuffer) -> None:
+        """Nothing is lent."""
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._ring.flush()
+
+    def _on_readable(self) -> None:
+        if not self._reading:
+            return
+        if self._patience < self._busy_poll and perf_counter_ns() - self._slept < self._busy_poll:
+            # Had we looked a little longer, we need not have slept.
+            self._patience = self._busy_poll
+        self._in_burst = True
+        try:
+            self._serve_burst()
+        finally:
+            self._in_burst = False
+
+    def _serve_burst(self) -> None:
+        server, ring = self._server, self._ring
+        next_request, pointer, messages = lib.rawfuse_ring_next, ring.pointer, ring.messages
+        lib.rawfuse_ring_wake(pointer)
+        for _ in range(BURST):
+            found = next_request(pointer, 0 if server.waiting else self._patience)
+            if found > 0:
+                self._held += 1
+                message = messages[found >> 32]
+                server.serve(self, message, found & _LENGTH)
+                if message.opcode == Opcode.NOTIFY_REPLY:
+                    # It has no reply, but the entry must be committed.
+                    unique = message.origin[0]
+                    self.reply(unique, OUT_HEADER.pack(OUT_HEADER.size, 0, unique))
+                if not self._reading:
+                    server.end_burst()
+                    ring.flush()
+                    return
+            elif found == 0:
+                if not server.waiting:
+                    self._patience >>= 1
+                elif server.end_burst():
+                    continue
+                if self._held:
+                    ring.grow()
+                if not lib.rawfuse_ring_sleep(pointer):
+                    self._slept = perf_counter_ns()
+                    return
+            else:
+                self._lost(*divmod(-found, 1 << 16))
+        ring.flush()
+        self._loop.call_soon(self._on_readable)
+
+    def _lost(self, index: int, error: int) -> None:
+        """The kernel has given an entry up. How the connection ended the device tells."""
+        if index == lib.NO_ENTRY:
+            self._server.end(error)
+        elif error not in _ENDED:
+            log.error("io_uring entry %d: %s", index, os.strerror(error))
