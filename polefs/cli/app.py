@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -56,6 +57,8 @@ for _module in (mount, umount, format, status, fsck, flush, loglevel):
 
 def run(arguments: list[str]) -> int:
     """Run one command; its exit status."""
+    # What the daemon would log is no output of a command.
+    logging.getLogger("polefs").addHandler(logging.NullHandler())
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="polefs", standalone_mode=False)
     except Refusal as error:

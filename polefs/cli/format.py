@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polefs.node.errors import Refusal
+from polefs.node.errors import Refusal, plain
 
 if TYPE_CHECKING:
     from polefs.node.volume import Contents
@@ -27,7 +27,7 @@ def command(
     ] = None,
     region: Annotated[str | None, typer.Option(help="The bucket's region; default: as the environment says.")] = None,
     path_style: Annotated[
-        bool | None, typer.Option("--path-style/--virtual-host", help="Where the bucket's name goes in requests.")
+        bool | None, typer.Option("--path-style/--virtual-hosted", help="Where the bucket's name goes in requests.")
     ] = None,
     ca_bundle: Annotated[
         str | None, typer.Option(metavar="FILE", help="Certificates to trust; default: the system's.")
@@ -115,7 +115,12 @@ def _in_s3(
 
     if ca_bundle is not None:
         ca_bundle = os.path.abspath(ca_bundle)
-    location = parse_url(store, endpoint=endpoint, region=region, path_style=path_style, ca_bundle=ca_bundle)
+        if not os.path.isfile(ca_bundle):
+            raise Refusal(errno.ENOENT, f"there is no file {ca_bundle}: give a file with certificates in PEM form", 2)
+    try:
+        location = parse_url(store, endpoint=endpoint, region=region, path_style=path_style, ca_bundle=ca_bundle)
+    except OSError as error:
+        raise Refusal(errno.EINVAL, plain(error), 2) from None
     wanted = {"compression": compress, "durability": durability or "s3"}
     try:
         return msgspec.structs.replace(msgspec.convert(wanted, Contents), objects=location)

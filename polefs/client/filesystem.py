@@ -9,16 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
 from time import time_ns
 
 from polefs.client.atime import AccessTimes
 from polefs.client.orphans import Orphans
-from polefs.client.space import VolumeSpace
+from polefs.client.space import Look, VolumeSpace
 from polefs.data.files import FileStore
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import BLOCK, Caller, Inode, SetAttr
-from polefs.objects.base import Space
 from rawfuse import (
     FOREVER,
     Attributes,
@@ -62,15 +60,13 @@ class PoleFileSystem(FileSystem):
     # A volume has one mount: nothing changes behind the kernel's back, so its caches need no re-checking.
     unwanted = InitFlag.AUTO_INVAL_DATA
 
-    def __init__(
-        self, meta: MetaAPI, files: FileStore, backing: Callable[[], Awaitable[Space]], times: AccessTimes
-    ) -> None:
-        """``backing`` tells how full the place of the objects is."""
+    def __init__(self, meta: MetaAPI, files: FileStore, backing: Look, local: Look, times: AccessTimes) -> None:
+        """``backing`` tells how full the place of the objects is, ``local`` that of the metadata."""
         self._meta = meta
         self._files = files
         self._times = times
         self._orphans = Orphans(meta, files)
-        self._space = VolumeSpace(meta, files, self._orphans, backing)
+        self._space = VolumeSpace(meta, files, self._orphans, backing, local)
 
     def end_of_burst(self) -> None:
         self._meta.end_turn()

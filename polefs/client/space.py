@@ -33,16 +33,21 @@ ENTRY = 8 << 10
 """What a name takes, with room for the pages that change, bytes."""
 
 
-class VolumeSpace:
-    """How full a volume is: the smaller of what its own limits and the place of its objects leave."""
+Look = Callable[[], Awaitable[Space]]
 
-    def __init__(
-        self, meta: MetaAPI, files: FileStore, orphans: Orphans, backing: Callable[[], Awaitable[Space]]
-    ) -> None:
+
+class VolumeSpace:
+    """How full a volume is: the smaller of what its own limits and the place of its objects leave.
+
+    ``backing`` tells how full that place is, ``local`` the same of the file system on which metadata and contents that
+    are not yet written back stand."""
+
+    def __init__(self, meta: MetaAPI, files: FileStore, orphans: Orphans, backing: Look, local: Look) -> None:
         self._meta = meta
         self._files = files
         self._orphans = orphans
         self._backing = backing
+        self._local = local
         self._reserve = 0
         self._room = 0
         """What contents may still take until the next look, bytes; names go below 0."""
@@ -102,9 +107,9 @@ class VolumeSpace:
             log.warning("no room could be made: %s", error)
 
     async def _look(self) -> None:
-        backing = await self._backing()
-        self._reserve = _reserve(backing)
-        self._room = min(backing.bytes_available - self._files.dirty_bytes - self._reserve, LOOK_AFTER)
+        local = await self._local()
+        self._reserve = _reserve(local)
+        self._room = min(local.bytes_available - self._files.dirty_bytes - self._reserve, LOOK_AFTER)
 
 
 def _reserve(backing: Space) -> int:

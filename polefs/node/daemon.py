@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TextIO
 
 import uvloop
@@ -30,6 +31,7 @@ from polefs.node.options import MountRequest
 from polefs.node.status import Status
 from polefs.node.storage import Storage, open_storage
 from polefs.node.volume import Volume, open_or_make_volume
+from polefs.objects.localio import space_of
 from rawfuse import MountOptions, Session
 from rawfuse.mount import unmount
 
@@ -81,7 +83,8 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
             flags=request.flags,
         )
         times = AccessTimes(storage.meta, request.atime, directories=request.directory_atime)
-        filesystem = PoleFileSystem(storage.meta, storage.files, storage.objects.space, times)
+        local = partial(asyncio.to_thread, space_of, volume.local)
+        filesystem = PoleFileSystem(storage.meta, storage.files, storage.objects.space, local, times)
         session = Session(filesystem, request.mountpoint, options, trace=trace)
         mounted = MountedVolume(volume, request, storage, session)
         try:

@@ -20,6 +20,10 @@ FILE_COUNT = 3
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s"
 
 
+_SECRETIVE = ("aiobotocore", "botocore")
+"""Libraries that log only warnings, on every level: their lines for debugging hold requests with session tokens."""
+
+
 def set_up_logging(level: str, file: str | None) -> None:
     """Log to ``file`` (rotated), or to stderr when None. Raises ``Refusal`` when the file cannot be written."""
     handler: logging.Handler
@@ -35,6 +39,8 @@ def set_up_logging(level: str, file: str | None) -> None:
             ) from None
     handler.setFormatter(logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
+    for library in _SECRETIVE:
+        logging.getLogger(library).setLevel(logging.WARNING)
     set_level(level)
 
 

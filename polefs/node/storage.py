@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from polefs.meta.store.base import FormatError
 from polefs.meta.store.sqlite import SqliteStore
 from polefs.node.errors import Refusal, plain
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from polefs.meta.service import MetaService
     from polefs.node.volume import Contents, Volume
     from polefs.objects.base import ObjectStore
+
+
+OPEN_SECONDS = 6.0
+"""For reaching an object store when a volume is made or opened; what does not answer by then is down."""
 
 
 class Storage:
@@ -50,11 +56,11 @@ async def open_storage(volume: Volume, secret: bytes | None = None) -> Storage:
     from polefs.meta.service import MetaService
 
     codec = make_codec(volume, secret)
-    objects = await open_objects(volume)
+    store = open_store(volume)
     try:
-        store = open_store(volume)
+        objects = await open_objects(volume)
     except BaseException:
-        await objects.close()
+        store.shutdown()
         raise
     meta = MetaService(store)
     files = FileStore(meta, objects, volume.local, codec=codec)
@@ -72,18 +78,26 @@ async def open_storage(volume: Volume, secret: bytes | None = None) -> Storage:
 
 
 async def open_objects(volume: Volume) -> ObjectStore:
-    """``Refusal`` when the place of a volume's objects cannot be used."""
-    from polefs.objects.directory import DirectoryStore
-
+    """The store of a volume's contents, once it is known to be its own. ``Refusal`` when it cannot be used."""
     location = volume.info.contents.objects
     if isinstance(location, DirectoryLocation):
+        from polefs.objects.directory import DirectoryStore
+
         return DirectoryStore(volume.objects)
-    from polefs.objects.s3 import S3Store
+    from polefs.objects.marker import check
+    from polefs.objects.s3 import DEADLINE, S3Store
 
     try:
-        return await S3Store.open(location)
+        store = await S3Store.open(location, deadline=OPEN_SECONDS)
+        try:
+            await check(store, volume.info.uuid)
+        except BaseException:
+            await store.close()
+            raise
     except OSError as error:
         raise Refusal(error.errno or errno.EIO, plain(error)) from error
+    store.deadline = DEADLINE
+    return store
 
 
 def make_codec(volume: Volume, secret: bytes | None) -> Codec | None:
@@ -114,18 +128,21 @@ def claim_objects(contents: Contents, name: str, uuid: str) -> Contents:
     if isinstance(location, DirectoryLocation):
         return contents
 
-    async def claim() -> None:
-        store = await S3Store.open(location)
+    from polefs.objects.marker import claim
+    from polefs.objects.s3 import S3Store
+
+    async def work() -> bool:
+        store = await S3Store.open(location, deadline=OPEN_SECONDS)
         try:
-            async for _ in store.list():
-                raise Refusal(errno.ENOTEMPTY, f"{location.url} is not empty: give another prefix")
+            return await claim(store, uuid, name)
         finally:
             await store.close()
 
-    from polefs.objects.s3 import S3Store
-
-    asyncio.run(claim())
-    return contents
+    try:
+        conditional = asyncio.run(work())
+    except OSError as error:
+        raise Refusal(error.errno or errno.EIO, plain(error)) from error
+    return msgspec.structs.replace(contents, objects=msgspec.structs.replace(location, conditional_put=conditional))
 
 
 def make_store(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> str:

@@ -205,13 +205,15 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: C
     if os.path.lexists(final):
         raise Refusal(errno.EEXIST, f"{path} has just been made a volume by another process: try again")
     with open(os.path.join(path, _UNFINISHED), "wb") as file:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, "meta.db" + suffix))
+        _remove_metadata(path)
         for directory in ("objects", "local", "log"):
             os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
         uuid = make_store(os.path.join(path, "meta.db"), name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
-        contents = claim_objects(contents, name, uuid)
+        try:
+            contents = claim_objects(contents, name, uuid)
+        except Refusal:
+            _clear(path)
+            raise
         info = VolumeInfo(FORMAT, name, uuid, contents)
         file.write(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
         file.flush()
@@ -223,6 +225,21 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: C
     finally:
         os.close(directory_fd)
     return info
+
+
+def _remove_metadata(path: str) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(path, "meta.db" + suffix))
+
+
+def _clear(path: str) -> None:
+    """Take away the parts of a volume that was not finished, so that the directory is not taken for half of one."""
+    _remove_metadata(path)
+    for directory in ("objects", "local", "log"):
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(path, directory))
+    os.unlink(os.path.join(path, _UNFINISHED))
 
 
 def _has_foreign_files(path: str) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from polefs.objects.base import ObjectInfo, Space
-from polefs.objects.localio import read_available, read_cached, sync_directory, write_parts
+from polefs.objects.localio import read_available, read_cached, space_of, sync_directory, write_parts
 
 T = TypeVar("T")
 
@@ -86,9 +86,7 @@ class DirectoryStore:
                 yield info
 
     async def space(self) -> Space:
-        found = await self._run(os.statvfs, self._root)
-        unit = found.f_frsize
-        return Space(found.f_blocks * unit, found.f_bfree * unit, found.f_bavail * unit, found.f_files, found.f_ffree)
+        return await self._run(space_of, self._root)
 
     async def close(self) -> None:
         with self._lock:

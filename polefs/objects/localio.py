@@ -6,6 +6,8 @@ import errno
 import os
 from collections.abc import Sequence
 
+from polefs.objects.base import Space
+
 _IOV_MAX = 1024
 
 
@@ -63,6 +65,13 @@ def read_available(fd: int, offset: int, length: int) -> bytes:
             got += len(more)
         data = b"".join(parts)
     return data
+
+
+def space_of(path: str) -> Space:
+    """Room in the file system of ``path``. Blocks."""
+    found = os.statvfs(path)
+    unit = found.f_frsize
+    return Space(found.f_blocks * unit, found.f_bfree * unit, found.f_bavail * unit, found.f_files, found.f_ffree)
 
 
 def sync_directory(path: str) -> None:

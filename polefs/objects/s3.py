@@ -8,19 +8,18 @@ it is tried again with growing, random pauses when the server cannot serve it or
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
-import google_crc32c
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from polefs.objects.base import UNLIMITED, ObjectInfo, Space
 from polefs.objects.location import S3Location
-from polefs.objects.s3errors import StoreError, explain, is_transient
+from polefs.objects.s3errors import AnswerError, StoreError, explain, is_transient
+from polefs.objects.s3http import CONNECT_SECONDS, SILENCE_SECONDS, Buffer, Plane, checksum_of
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
@@ -28,17 +27,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Buffer = bytes | bytearray | memoryview
 
 DEADLINE: Final = 60.0
 """Of an operation, seconds; transfers have a second more for each 64 KiB."""
 
+_ATTEMPT_SECONDS: Final = 20.0
+"""Of one attempt, with the same addition: a connection that trickles is given up for another."""
+
 _RATE_MIN: Final = 64 << 10
 """Bytes a second; what is slower than this is given up."""
-
-_CONNECT_SECONDS: Final = 5.0
-_SILENCE_SECONDS: Final = 15.0
-"""Without a byte from the server; then the connection is given up and another one tried."""
 
 _PAUSE_MAX: Final = 5.0
 """Between two attempts, seconds."""
@@ -49,13 +46,23 @@ _DELETE_MAX: Final = 1000
 
 class S3Store:
     """``ObjectStore`` over a prefix of a bucket. Failures that waiting cannot mend are raised at once, all others when
-    the deadline has passed, with the last reason: FileNotFoundError, FileExistsError, else ``StoreError``."""
+    the deadline has passed, with the last reason: FileNotFoundError, FileExistsError, else ``StoreError``.
 
-    def __init__(self, location: S3Location, client: S3Client, resources: contextlib.AsyncExitStack, deadline: float):
+    ``deadline`` may be changed at any time; it counts for operations that begin later."""
+
+    def __init__(
+        self,
+        location: S3Location,
+        client: S3Client,
+        plane: Plane,
+        resources: contextlib.AsyncExitStack,
+        deadline: float,
+    ) -> None:
         """For ``open``."""
         self.location = location
         self.deadline = deadline
         self._client = client
+        self._plane = plane
         self._resources = resources
         self._troubled = False
         self._retrying = AsyncRetrying(
@@ -67,61 +74,63 @@ class S3Store:
 
     @classmethod
     async def open(cls, location: S3Location, *, deadline: float = DEADLINE, connections: int = 64) -> S3Store:
-        """Connect with the credentials of the standard chain (environment, profile, instance role …). Loads botocore's
-        models, which takes some tenths of a second: before anything is served. Asks the server nothing. OSError when
-        there are no credentials, or the settings make no sense."""
+        """Find the credentials of the standard chain (environment, profile, instance role …) and the address. Loads
+        botocore's models, which takes some tenths of a second: before anything is served. Asks the server nothing.
+        OSError when there are no credentials, or the settings make no sense."""
         from aiobotocore.config import AioConfig
         from aiobotocore.session import get_session
 
         styles = {None: "auto", True: "path", False: "virtual"}
         config = AioConfig(
-            connect_timeout=_CONNECT_SECONDS,
-            read_timeout=_SILENCE_SECONDS,
-            max_pool_connections=connections,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=SILENCE_SECONDS,
             retries={"total_max_attempts": 1},
+            signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": styles[location.path_style]},
+            s3={"addressing_style": styles[location.path_style], "payload_signing_enabled": False},
         )
         async with contextlib.AsyncExitStack() as resources:
             try:
+                session = get_session()
+                ca_bundle = location.ca_bundle or session.get_config_variable("ca_bundle")
                 client = await resources.enter_async_context(
-                    get_session().create_client(
+                    session.create_client(
                         "s3",
                         region_name=location.region,
                         endpoint_url=location.endpoint,
-                        verify=location.ca_bundle,
+                        verify=ca_bundle,
                         config=config,
                     )
                 )
+                credentials = await session.get_credentials()
+                plane = await Plane.open(client, credentials, config, location.bucket, ca_bundle, connections)
+                resources.push_async_callback(plane.close)
             except Exception as error:
                 raise explain(error, location.url) from error
-            return cls(location, client, resources.pop_all(), deadline)
+            return cls(location, client, plane, resources.pop_all(), deadline)
         raise AssertionError
 
     async def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """When the key exists with the same bytes, that is a success: an earlier attempt's answer was lost.
         FileExistsError when it holds others, and the server tells."""
-        body = b"".join(parts)
-        checksum = _checksum(body)
-        conditions = {"IfNoneMatch": "*"} if self.location.conditional_put else {}
+        size = sum(map(len, parts))
+        checksum = await checksum_of(parts, size)
+        if not await self._put(key, parts, size, checksum, conditional=self.location.conditional_put):
+            await self._compare(key, parts, size, checksum)
 
-        async def attempt() -> None:
-            try:
-                await self._client.put_object(
-                    Bucket=self.location.bucket,
-                    Key=self.location.key(key),
-                    Body=body,
-                    ChecksumCRC32C=checksum,
-                    **conditions,  # type: ignore[arg-type]
-                )
-            except self._client.exceptions.ClientError as error:
-                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 412 or not await self._holds(
-                    key, body, checksum
-                ):
-                    raise
-
-        await self._operate(attempt, key, len(body))
+    async def probe_conditional_put(self, key: str, body: bytes) -> bool:
+        """Write an object, and find out whether the server then refuses to write it again."""
+        parts, size, checksum = [body], len(body), await checksum_of([body], len(body))
+        try:
+            await self._put(key, parts, size, checksum, conditional=True)
+        except StoreError as error:
+            # A server that does not know the header either passes over it or refuses the request.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EIO) or error.transient:
+                raise
+            await self._put(key, parts, size, checksum, conditional=False)
+            return False
+        return not await self._put(key, parts, size, checksum, conditional=True)
 
     async def adopt(self, key: str, path: str) -> bool:
         return False
@@ -129,16 +138,14 @@ class S3Store:
     async def get(self, key: str, offset: int, length: int) -> bytes:
         if not length:
             return b""
+        name = self.location.key(key)
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
 
         async def attempt() -> bytes:
-            answer = await self._client.get_object(
-                Bucket=self.location.bucket,
-                Key=self.location.key(key),
-                Range=f"bytes={offset}-{offset + length - 1}",
-            )
-            async with answer["Body"] as body:
-                data: bytes = await body.read()
-            return data
+            answer = await self._plane.request("GET", name, headers, limit=length)
+            if answer.status != 206:
+                raise StoreError(errno.EOPNOTSUPP, f"{self._url(key)}: the server does not know ranged GETs")
+            return answer.body
 
         data = await self._operate(attempt, key, length)
         if len(data) != length:
@@ -147,6 +154,15 @@ class S3Store:
 
     def get_now(self, key: str, offset: int, length: int) -> None:
         return None
+
+    async def read(self, key: str, limit: int) -> bytes:
+        """The whole object, or its first ``limit`` bytes."""
+        name = self.location.key(key)
+
+        async def attempt() -> bytes:
+            return (await self._plane.request("GET", name, {}, limit=limit)).body
+
+        return await self._operate(attempt, key, limit)
 
     async def delete(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETE_MAX):
@@ -196,25 +212,51 @@ class S3Store:
 
         await self._operate(attempt, keys[0])
 
-    async def _holds(self, key: str, body: bytes, checksum: str) -> bool:
-        """Whether the object that is there already is the one that we wanted to write."""
-        found = await self._client.head_object(
-            Bucket=self.location.bucket, Key=self.location.key(key), ChecksumMode="ENABLED"
-        )
-        if found["ContentLength"] != len(body):
-            return False
-        there = found.get("ChecksumCRC32C")
-        return there == checksum if there is not None else await self.get(key, 0, len(body)) == body
+    async def _put(self, key: str, parts: Sequence[Buffer], size: int, checksum: str, *, conditional: bool) -> bool:
+        """False when the key exists and the server has therefore written nothing."""
+        name = self.location.key(key)
+        headers = {"Content-Length": str(size), "x-amz-checksum-crc32c": checksum}
+        if conditional:
+            headers["If-None-Match"] = "*"
+
+        async def attempt() -> bool:
+            try:
+                await self._plane.request("PUT", name, headers, body=parts)
+            except AnswerError as error:
+                if error.answer.status != 412:
+                    raise
+                return False
+            return True
+
+        return await self._operate(attempt, key, size)
+
+    async def _compare(self, key: str, parts: Sequence[Buffer], size: int, checksum: str) -> None:
+        """FileExistsError when the object that is there is not the one that we wanted to write."""
+        name = self.location.key(key)
+
+        async def attempt() -> bool:
+            found = await self._plane.request("HEAD", name, {"x-amz-checksum-mode": "ENABLED"})
+            if int(found.headers.get("Content-Length", -1)) != size:
+                return False
+            there = found.headers.get("x-amz-checksum-crc32c")
+            if there is not None:
+                return there == checksum
+            return await checksum_of([await self.get(key, 0, size)], size) == checksum
+
+        if not await self._operate(attempt, key, size):
+            raise FileExistsError(errno.EEXIST, f"{self._url(key)}: there is another object with this key")
 
     async def _operate(self, attempt: Callable[[], Awaitable[T]], key: str, size: int = 0) -> T:
         """Try until it works or the deadline has passed."""
-        patience = self.deadline + size / _RATE_MIN
+        extra = size / _RATE_MIN
+        patience = self.deadline + extra
         last: OSError | None = None
 
         async def explained() -> T:
             nonlocal last
             try:
-                return await attempt()
+                async with asyncio.timeout(_ATTEMPT_SECONDS + extra):
+                    return await attempt()
             except Exception as error:
                 last = explain(error, self._url(key))
                 raise last from error
@@ -224,7 +266,9 @@ class S3Store:
                 result: T = await self._retrying(explained)
         except TimeoutError:
             raise last or StoreError(
-                errno.ETIMEDOUT, f"{self._url(key)}: no answer in {patience:.0f} s: check the network and --endpoint"
+                errno.ETIMEDOUT,
+                f"{self._url(key)}: no answer in {patience:.0f} s: check the network and --endpoint",
+                transient=True,
             ) from None
         if self._troubled:
             self._troubled = False
@@ -234,12 +278,7 @@ class S3Store:
     def _note_trouble(self, state: RetryCallState) -> None:
         if not self._troubled and state.outcome is not None:
             self._troubled = True
-            log.warning("%s: trying again", state.outcome.exception())
+            log.warning("%s; trying again", getattr(state.outcome.exception(), "strerror", ""))
 
     def _url(self, key: str) -> str:
         return f"{self.location.url}/{key}" if key else self.location.url
-
-
-def _checksum(body: bytes) -> str:
-    """As ``x-amz-checksum-crc32c`` has it: base64 of the big-endian CRC32C."""
-    return base64.b64encode(google_crc32c.value(body).to_bytes(4, "big")).decode()

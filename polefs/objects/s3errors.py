@@ -83,6 +83,14 @@ class Answer(msgspec.Struct, frozen=True):
     region: str | None = None
 
 
+class AnswerError(Exception):
+    """Raised for an answer that is no success, until it is explained."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status, answer.code)
+        self.answer = answer
+
+
 def is_transient(error: BaseException) -> bool:
     return isinstance(error, StoreError) and error.transient
 
@@ -92,8 +100,10 @@ def explain(error: Exception, url: str) -> OSError:
     object, FileExistsError for one that is there already, ``StoreError`` for all else."""
     if isinstance(error, StoreError | FileNotFoundError | FileExistsError):
         return error
+    if isinstance(error, AnswerError):
+        return _explain_answer(error.answer, url)
     if isinstance(error, boto.ClientError):
-        return explain_answer(_answer_of(error), url)
+        return _explain_answer(_answer_of(error), url)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError):
         # botocore's wrapping of what aiohttp raised.
         cause = error.kwargs.get("error") if hasattr(error, "kwargs") else None
@@ -105,7 +115,7 @@ def explain(error: Exception, url: str) -> OSError:
     return _explain_transport(error, url)
 
 
-def explain_answer(answer: Answer, url: str) -> OSError:
+def _explain_answer(answer: Answer, url: str) -> OSError:
     code = answer.code
     if not code or code.isdigit():
         code = _STATUSES.get(answer.status, "")

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.conftest import namespace, watchdog
-from tests.mounted.harness import TEST_DEADLINE, Watchdog
+from rawfuse.testing.fixtures import deadline_of
+from rawfuse.testing.watchdog import Watchdog
 from tests.s3.server import SeaweedServer
 from tests.s3.volumes import S3Volume
-
-__all__ = ["namespace", "watchdog"]
 
 
 @pytest.fixture
@@ -34,9 +32,8 @@ def make_volume(
         volume.format(*options)
         return volume
 
-    mark = request.node.get_closest_marker("deadline")
     try:
-        with watchdog.deadline(mark.args[0] if mark else TEST_DEADLINE):
+        with watchdog.deadline(deadline_of(request)):
             yield make
             for volume in made:
                 volume.finish()

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.mounted.harness import REPOSITORY, HarnessError, Server, Watchdog
+from rawfuse.testing.server import Server, ServerError
+from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import REPOSITORY
 from tests.s3.server import Place
 
 COMMAND_SECONDS = 120.0
 
 
 def polefs(*arguments: str | Path, code: int | None = 0, **variables: str) -> str:
-    """Run a command; what it says. HarnessError unless it ends with ``code`` (None: any)."""
+    """Run a command; what it says. ServerError unless it ends with ``code`` (None: any)."""
     done = subprocess.run(
         [sys.executable, "-m", "polefs", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -27,7 +29,7 @@ def polefs(*arguments: str | Path, code: int | None = 0, **variables: str) -> st
         timeout=COMMAND_SECONDS,
     )
     if code is not None and done.returncode != code:
-        raise HarnessError(f"polefs {arguments[0]} ended with {done.returncode}:\n{done.stdout}")
+        raise ServerError(f"polefs {arguments[0]} ended with {done.returncode}:\n{done.stdout}")
     return done.stdout
 
 

@@ -1,0 +1,159 @@
+"""Volumes whose contents are in S3: how they are made, and what is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from polefs.cli.app import run
+from polefs.node.errors import Refusal
+from polefs.node.lock import Holder
+from polefs.node.volume import Contents, make_volume, open_volume
+from polefs.objects.location import S3Location
+from polefs.objects.marker import KEY
+from tests.s3.helpers import location_of, use
+from tests.s3.server import BUCKET, SECRET_KEY, Place, SeaweedServer
+
+ME = Holder(os.getpid(), "format")
+
+
+def contents_at(place: Place) -> Contents:
+    return Contents(objects=location_of(place))
+
+
+class Command:
+    """The command line, run in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> None:
+        assert (run(list(arguments)), self._capsys.readouterr().err) == (0, "")
+
+    def refused(self, *arguments: str, says: str, status: int = 1) -> None:
+        assert run(list(arguments)) == status
+        error = self._capsys.readouterr().err
+        assert error.startswith("polefs: ") and error.count("\n") == 1, error
+        assert says in error
+
+
+@pytest.fixture
+def polefs(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+def formatting(path: Path, place: Place, *options: str) -> list[str]:
+    return ["format", "--store", place.url, "--endpoint", place.endpoint, *options, str(path)]
+
+
+def test_made_and_described(s3_server: SeaweedServer, s3_place: Place, tmp_path: Path, polefs: Command) -> None:
+    polefs(*formatting(tmp_path / "v", s3_place, "--region", "us-east-1", "--name", "mine"))
+    volume = open_volume(str(tmp_path / "v"))
+    assert volume.info.contents.objects == S3Location(
+        bucket=BUCKET, prefix=s3_place.prefix, endpoint=s3_place.endpoint, region="us-east-1", conditional_put=True
+    )
+    assert SECRET_KEY not in (tmp_path / "v" / "volume.json").read_text()
+    body = s3_server.client().get_object(Bucket=BUCKET, Key=f"{s3_place.prefix}/{KEY}")["Body"].read()
+    assert json.loads(body)["uuid"] == volume.info.uuid
+    polefs("fsck", "--data", str(tmp_path / "v"))
+
+
+def test_a_prefix_of_another_volume(s3_place: Place, tmp_path: Path, polefs: Command) -> None:
+    make_volume(str(tmp_path / "one"), ME, contents=contents_at(s3_place)).unlock()
+    polefs.refused(*formatting(tmp_path / "two", s3_place), says="belongs to volume 'one'")
+    # Nothing is left that could pass for a volume, and the same directory can be used for another place.
+    assert {entry.name for entry in (tmp_path / "two").iterdir()} <= {"lock"}
+    elsewhere = Place(s3_place.endpoint, s3_place.bucket, s3_place.prefix + "-two")
+    make_volume(str(tmp_path / "two"), ME, contents=contents_at(elsewhere)).unlock()
+    # A description that was copied or edited.
+    file = tmp_path / "two" / "volume.json"
+    file.write_text(file.read_text().replace(elsewhere.prefix, s3_place.prefix))
+    polefs.refused("fsck", str(tmp_path / "two"), says="belongs to volume 'one'", status=8)
+    (tmp_path / "mnt").mkdir()
+    polefs.refused("mount", str(tmp_path / "two"), str(tmp_path / "mnt"), says="belongs to volume 'one'")
+
+
+def test_a_prefix_that_holds_something_else(s3_place: Place, tmp_path: Path, polefs: Command) -> None:
+    use(s3_place, lambda store: store.put("diary", [b"dear diary"]))
+    polefs.refused(*formatting(tmp_path / "v", s3_place), says="is not empty, it holds diary: give another prefix")
+
+
+def test_a_prefix_with_a_damaged_marker(s3_server: SeaweedServer, s3_place: Place, tmp_path: Path) -> None:
+    s3_server.client().put_object(Bucket=BUCKET, Key=f"{s3_place.prefix}/{KEY}", Body=b"{}")
+    with pytest.raises(Refusal, match="is damaged or not polefs's"):
+        make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place))
+
+
+def test_a_prefix_that_has_been_emptied(
+    s3_server: SeaweedServer, s3_place: Place, tmp_path: Path, polefs: Command
+) -> None:
+    make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place)).unlock()
+    s3_server.client().delete_object(Bucket=BUCKET, Key=f"{s3_place.prefix}/{KEY}")
+    polefs.refused("fsck", str(tmp_path / "v"), says=f"has no object {KEY}: correct the prefix", status=8)
+
+
+def test_wrong_keys_and_no_keys(
+    s3_place: Place, tmp_path: Path, polefs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place)).unlock()
+    (tmp_path / "mnt").mkdir()
+    mount = ["mount", str(tmp_path / "v"), str(tmp_path / "mnt")]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    polefs.refused(*mount, says="the secret key does not fit the access key: check AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    polefs.refused(*formatting(tmp_path / "w", s3_place), says="artial credentials found")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    polefs.refused(*formatting(tmp_path / "w", s3_place), says="no credentials found: set AWS_ACCESS_KEY_ID")
+
+
+def test_no_such_bucket(s3_server: SeaweedServer, tmp_path: Path, polefs: Command) -> None:
+    missing = Place(s3_server.endpoint, "missing", "p")
+    polefs.refused(*formatting(tmp_path / "v", missing), says="there is no such bucket: make it first")
+
+
+def test_endpoint_down(tmp_path: Path, s3_place: Place, polefs: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polefs.node.storage.OPEN_SECONDS", 1.0)
+    down = Place("http://127.0.0.1:1", s3_place.bucket, s3_place.prefix)
+    polefs.refused(*formatting(tmp_path / "v", down), says="cannot connect to 127.0.0.1:1 (Connection refused)")
+    make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place)).unlock()
+    file = tmp_path / "v" / "volume.json"
+    file.write_text(file.read_text().replace(s3_place.endpoint, down.endpoint))
+    polefs.refused("fsck", str(tmp_path / "v"), says="cannot connect to 127.0.0.1:1 (Connection refused)", status=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--store", "/srv/objects"], "is no address of an object store: write it like s3://bucket/prefix"),
+        (["--store", "s3://"], "is no name of a bucket"),
+        (["--store", "s3://b!/x"], "is no name of a bucket"),
+        (["--store", "s3://key:secret@bucket"], "must not hold credentials"),
+        (["--store", "s3://bucket/a//b"], "cannot be a prefix"),
+        (["--store", "s3://bucket/../b"], "cannot be a prefix"),
+        (["--store", "s3://bucket/a b"], "cannot be a prefix"),
+        (["--store", "s3://bucket/" + "x" * 600], "longer than 512"),
+        (["--store", "s3://bucket", "--endpoint", "host:9000"], "is no endpoint: write it like"),
+        (["--store", "s3://bucket", "--endpoint", "http://host:99999"], "is no endpoint"),
+        (["--store", "s3://bucket", "--endpoint", "http://host/path"], "is no endpoint"),
+        (["--store", "s3://bucket", "--endpoint", "http://a:b@host"], "must not hold credentials"),
+        (["--store", "s3://bucket", "--ca-bundle", "/nowhere.pem"], "there is no file /nowhere.pem"),
+        (["--region", "eu-west-1"], "give --store s3://BUCKET[/PREFIX] too"),
+        (["--virtual-hosted"], "give --store s3://BUCKET[/PREFIX] too"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, polefs: Command, arguments: list[str], says: str) -> None:
+    polefs.refused("format", *arguments, str(tmp_path / "v"), says=says, status=2)
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_description_without_a_kind_is_damaged(tmp_path: Path) -> None:
+    make_volume(str(tmp_path / "v"), ME).unlock()
+    file = tmp_path / "v" / "volume.json"
+    file.write_text(file.read_text().replace('"directory"', '"tape"'))
+    with pytest.raises(Refusal, match="is damaged") as caught:
+        open_volume(str(tmp_path / "v"))
+    assert caught.value.errno == errno.EINVAL
