@@ -40,6 +40,9 @@ _RATE_MIN: Final = 64 << 10
 _PAUSE_MAX: Final = 5.0
 """Between two attempts, seconds."""
 
+_TROUBLE_SECONDS: Final = 3.0
+"""Of failing, after which the log tells of it."""
+
 _DELETE_MAX: Final = 1000
 """Keys in one request (S3 DeleteObjects)."""
 
@@ -276,9 +279,13 @@ class S3Store:
         return result
 
     def _note_trouble(self, state: RetryCallState) -> None:
-        if not self._troubled and state.outcome is not None:
-            self._troubled = True
-            log.warning("%s; trying again", getattr(state.outcome.exception(), "strerror", ""))
+        """Tell of what does not pass at once, when it begins and when it ends."""
+        if state.outcome is None or self._troubled:
+            return
+        lasting = (state.seconds_since_start or 0) >= _TROUBLE_SECONDS
+        self._troubled = lasting
+        level = logging.WARNING if lasting else logging.DEBUG
+        log.log(level, "%s; trying again", getattr(state.outcome.exception(), "strerror", None))
 
     def _url(self, key: str) -> str:
         return f"{self.location.url}/{key}" if key else self.location.url

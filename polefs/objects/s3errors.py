@@ -192,6 +192,10 @@ def _explain_transport(error: Exception, url: str) -> OSError:
         case OSError():
             number = error.errno or errno.ECONNRESET
             return StoreError(number, f"{url}: connection lost: {os.strerror(number)}", transient=True)
+        case aiohttp.ClientResponseError():
+            return StoreError(errno.EPROTO, f"{url}: the answer is no HTTP: check --endpoint", transient=True)
+        case aiohttp.ClientPayloadError():
+            return StoreError(errno.ECONNRESET, f"{url}: connection lost: the answer broke off", transient=True)
         case aiohttp.ClientError():
             return StoreError(errno.ECONNRESET, f"{url}: connection lost: {error or 'closed'}", transient=True)
     raise error

@@ -12,8 +12,18 @@ import pytest
 
 from rawfuse.testing.fixtures import deadline_of
 from rawfuse.testing.watchdog import Watchdog
+from tests.s3.faults import FaultProxy
 from tests.s3.server import SeaweedServer
 from tests.s3.volumes import S3Volume
+
+
+@pytest.fixture
+def proxy(s3_server: SeaweedServer) -> Iterator[FaultProxy]:
+    """A proxy in front of the server, which breaks nothing yet."""
+    proxy = FaultProxy(s3_server.endpoint)
+    proxy.start()
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture
