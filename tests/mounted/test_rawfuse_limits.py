@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounted.harness import FUSECTL, Server, Watchdog, find_mount
-from tests.mounted.syscalls import fails
+from rawfuse.testing.mounts import FUSECTL, find_mount
+from rawfuse.testing.server import Server
+from rawfuse.testing.syscalls import fails
+from rawfuse.testing.watchdog import Watchdog
 
 LIMIT = 3
 ENDED = (errno.ECONNABORTED, errno.ENOTCONN)
