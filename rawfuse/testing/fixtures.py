@@ -61,4 +61,4 @@ def run_root(target: Target, request: pytest.FixtureRequest) -> Iterator[Path]:
     if target.server is not None:
         log = target.server.log_since(start)
         assert "Traceback" not in log, f"the server logged an unexpected exception:\n{log}"
-        assert target.server.alive, f"the server died:\n{log}"
+        target.server.require_alive()

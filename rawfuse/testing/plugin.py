@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 
 import pytest
 
@@ -27,7 +27,7 @@ from rawfuse.testing.watchdog import Watchdog
 FuseMount = Callable[[str | Sequence[str]], Server]
 """The type of the fixture ``fuse_mount``."""
 
-_LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
+_LEFT_OUT: pytest.StashKey[dict[str, Counter[str]]] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,9 +57,16 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "deadline(seconds): the time this test may take before its mount is aborted")
     config.addinivalue_line("markers", "fuse_needs(name, ...): left out where the file system lacks one of these")
-    unknown = sorted(_declared_lacks(config) - LACKS.keys())
+    command = config.getoption("--fuse-server")
+    if command and "{mountpoint}" not in command:
+        raise pytest.UsageError("--fuse-server: the command must have {mountpoint} where the mount point belongs")
+    _require_known("--fuse-lacks", _declared_lacks(config))
+
+
+def _require_known(where: str, names: Set[str]) -> None:
+    unknown = sorted(names - LACKS.keys())
     if unknown:
-        raise pytest.UsageError(f"--fuse-lacks: no such thing: {', '.join(unknown)}; known: {', '.join(LACKS)}")
+        raise pytest.UsageError(f"{where}: nothing is called {', '.join(unknown)}; there are {', '.join(LACKS)}")
 
 
 def _declared_lacks(config: pytest.Config) -> frozenset[str]:
@@ -71,23 +78,21 @@ def targets(config: pytest.Config) -> list[TargetSpec]:
     command = config.getoption("--fuse-server")
     if not command:
         return [spec for specs in config.hook.pytest_fuse_targets() for spec in specs]
-    if "{mountpoint}" not in command:
-        raise pytest.UsageError("--fuse-server: the command must have {mountpoint} where the mount point belongs")
     check = config.getoption("--fuse-check") or ""
     return [TargetSpec("server", shlex.split(command), shlex.split(check), _declared_lacks(config))]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what a file system lacks."""
-    left_out = config.stash.setdefault(_LEFT_OUT, Counter())
+    left_out = config.stash.setdefault(_LEFT_OUT, {})
     kept, dropped = [], []
     for item in items:
         spec = _spec_of(item)
         lacks = spec.lacks if spec is not None else _declared_lacks(config)
         needs = {name for mark in item.iter_markers("fuse_needs") for name in mark.args}
-        missing = sorted(needs & lacks)
-        if missing:
-            left_out[f"{spec.name if spec is not None else 'server'} lacks {', '.join(missing)}"] += 1
+        _require_known(f"{item.nodeid}: fuse_needs", needs)
+        if missing := needs & lacks:
+            left_out.setdefault(spec.name if spec is not None else "server", Counter()).update(missing)
             dropped.append(item)
         else:
             kept.append(item)
@@ -103,12 +108,15 @@ def _spec_of(item: pytest.Item) -> TargetSpec | None:
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
-    left_out = config.stash.get(_LEFT_OUT, Counter[str]())
-    return [f"left out, {reason}: {count} tests" for reason, count in sorted(left_out.items())]
+    lines = []
+    for name, counts in config.stash.get(_LEFT_OUT, {}).items():
+        needs = ", ".join(f"{need} ({count})" for need, count in sorted(counts.items()))
+        lines.append(f"{name}: tests are left out that need what it lacks: {needs}")
+    return lines
 
 
 @pytest.fixture(scope="session")
-def namespace() -> None:
+def fuse_namespace() -> None:
     """The private mount namespace; a machine that cannot run tests on mounts fails them with one line."""
     missing = missing_requirement()
     if missing is not None:
@@ -117,7 +125,8 @@ def namespace() -> None:
 
 
 @pytest.fixture(scope="session")
-def watchdog(namespace: None) -> Iterator[Watchdog]:
+def fuse_watchdog(fuse_namespace: None) -> Iterator[Watchdog]:
+    """What ends a test that hangs; ``fuse_watchdog.deadline(seconds)`` limits a part of one."""
     watchdog = Watchdog()
     yield watchdog
     watchdog.close()
@@ -130,15 +139,15 @@ def fuse_stress(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def fuse_mount(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[FuseMount]:
+def fuse_mount(fuse_watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[FuseMount]:
     """``fuse_mount(command)`` serves a file system and returns its ``Server``, whose ``mountpoint`` is a fresh
     directory; ``{mountpoint}`` and ``{scratch}`` in the command are filled in. After the test each must unmount and
-    end with code 0, unless the test has ended it."""
+    end with code 0, unless the test itself has ended it."""
     started: list[Target] = []
 
     def mount(command: str | Sequence[str]) -> Server:
         words = shlex.split(command) if isinstance(command, str) else list(command)
-        target = Target(TargetSpec("mount", words), make_scratch("fuse"), watchdog)
+        target = Target(TargetSpec("mount", words), make_scratch("fuse"), fuse_watchdog)
         started.append(target)
         target.start()
         assert target.server is not None
@@ -146,11 +155,13 @@ def fuse_mount(watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[F
         return target.server
 
     try:
-        with watchdog.deadline(deadline_of(request)):
+        with fuse_watchdog.deadline(deadline_of(request)):
             yield mount
         for target in started:
-            if target.server is not None and target.server.alive:
-                target.stop()
+            if target.server is not None:
+                target.server.require_alive()
+                if target.server.alive:
+                    target.stop()
     finally:
         for target in started:
             target.discard()

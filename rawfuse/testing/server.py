@@ -35,6 +35,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: int | None = None
         self.aborted = False
+        self._end_is_known = False
 
     @property
     def pid(self) -> int:
@@ -51,6 +52,7 @@ class Server:
         """Start the server process without waiting for the mount."""
         self.mountpoint.mkdir(parents=True, exist_ok=True)
         self.aborted = False
+        self._end_is_known = False
         with open(self.log, "ab") as output:
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *self.command],
@@ -92,8 +94,14 @@ class Server:
         """Mounted and served."""
         return self._process is not None and self._process.poll() is None and not self.aborted
 
+    def require_alive(self) -> None:
+        """ServerError when the server has ended by itself: nobody here has ended it or waited for its end."""
+        if self._process is not None and self._process.poll() is not None and not self._end_is_known:
+            raise ServerError(f"the server died with code {self._process.returncode}:\n{self.tail()}")
+
     def wait(self, timeout: float = SERVER_DEADLINE) -> int:
         """The exit code of the server process (negative: the signal that ended it)."""
+        self._end_is_known = True
         if self._process is None:
             raise ServerError("the server was not started")
         try:
@@ -105,7 +113,7 @@ class Server:
 
     def abort(self) -> None:
         """Cut the connection between kernel and server: every request fails at once. Safe from any thread."""
-        self.aborted = True
+        self.aborted = self._end_is_known = True
         line = find_mount(self.mountpoint)
         if line is None or line.minor != self._connection:
             return  # the connection has ended, and its number may be another mount's by now
@@ -121,6 +129,7 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL, wait, and detach the dead mount."""
+        self._end_is_known = True
         if self._process is not None:
             if self._process.poll() is None:
                 os.kill(self._process.pid, signal.SIGKILL)
@@ -129,6 +138,7 @@ class Server:
         self._connection = None
 
     def signal(self, number: int) -> None:
+        self._end_is_known = True
         os.kill(self.pid, number)
 
     def unmount(self) -> None:

@@ -48,7 +48,7 @@ class TargetSpec:
 
     ``command`` serves it in the foreground, ``check`` is run after every unmount and must end with code 0. In both
     ``{mountpoint}`` is where to mount and ``{scratch}`` a directory of its own that stays over a remount. Without a
-    command it is a plain directory. ``lacks``: names of ``LACKS``, and others that only tests of its own know.
+    command it is a plain directory. ``lacks``: names of ``LACKS``.
     """
 
     name: str

@@ -77,7 +77,8 @@ class Watchdog:
                     self._expire()
 
     def _expire(self) -> None:
+        # The interrupt first: it is then pending when the abort frees the test, and no later code runs into it.
+        signal.pthread_kill(threading.main_thread().ident or 0, self.INTERRUPT)
         for server in self._servers:
             server.abort()
-        signal.pthread_kill(threading.main_thread().ident or 0, self.INTERRUPT)
         self._ends = None

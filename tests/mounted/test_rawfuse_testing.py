@@ -1,9 +1,11 @@
-"""The test harness itself: a server that stops answering cannot stop the tests, and the tests do not disturb others."""
+"""The testing kit: a server that stops answering cannot stop the tests, tests do not disturb others, and the plugin is
+of use to somebody who has nothing of this repository."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+import rawfuse.testing.posix
 from rawfuse.testing.mounts import find_mount
 from rawfuse.testing.peer import Peer
 from rawfuse.testing.plugin import FuseMount
 from rawfuse.testing.server import Server, ServerError
 from rawfuse.testing.syscalls import fails
 from rawfuse.testing.watchdog import DeadlineExceeded, Watchdog
-from tests.mounted.targets import memory_command
+from tests.mounted import limited
+from tests.mounted.targets import STRESS, memory_command
 
 
 @pytest.fixture
@@ -92,3 +96,132 @@ def test_other_mounts_can_end(server: Server) -> None:
         server.unmount()
         run.stdin.close()
         assert run.wait() == 0
+
+
+class Outside:
+    """A directory of somebody else's, with tests in it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def run(self, *arguments: str | Path, passes: bool) -> str:
+        """What pytest says there; no server and no mount may be left of it."""
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+            cwd=self.place,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=100,
+        )
+        assert (done.returncode == 0) is passes, done.stdout
+        return done.stdout
+
+    def write(self, name: str, text: str) -> Path:
+        path = self.place / name
+        path.write_text(text)
+        return path
+
+
+@pytest.fixture
+def outside(namespace: None, tmp_path: Path) -> Outside:
+    return Outside(tmp_path)
+
+
+LIMITED = "acl,allocation,btime,links,mknod,rename-flags,statfs,symlinks,tmpfile,xattr"
+MEMORY = f"{sys.executable} -m examples.memory {{mountpoint}}"
+
+
+@pytest.mark.deadline(120)
+def test_suite_on_a_limited_file_system(outside: Outside) -> None:
+    """What it lacks is left out and named, and the rest passes."""
+    suite = Path(rawfuse.testing.posix.__file__).parent
+    names = (
+        "namespace",
+        "attributes",
+        "sparse",
+        "statfs_times",
+        "unlinked",
+        "xattr",
+        "acl",
+        "errors",
+        *(["model"] if STRESS else []),
+    )
+    said = outside.run(
+        *(suite / f"test_{name}.py" for name in names),
+        "--fuse-server",
+        f"{sys.executable} {limited.__file__} --without {LIMITED} {{mountpoint}}",
+        f"--fuse-lacks={LIMITED},remount",
+        passes=True,
+    )
+    assert "server: tests are left out that need what it lacks: acl (" in said
+    assert "deselected" in said
+
+
+def test_suite_by_its_name(outside: Outside) -> None:
+    said = outside.run(
+        "--pyargs", "rawfuse.testing.posix.test_errors", f"--fuse-server={MEMORY}", "--fuse-check=false", passes=False
+    )
+    assert " passed, 1 error" in said
+    assert "the check after the unmount ended with code 1" in said
+
+
+def test_suite_without_a_file_system(outside: Outside) -> None:
+    suite = Path(rawfuse.testing.posix.__file__).parent
+    for name in ("conftest.py", "test_errors.py"):
+        outside.write(name, (suite / name).read_text())
+    assert "name the file system to test: --fuse-server 'COMMAND {mountpoint}'" in outside.run(passes=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--fuse-server", "myfs /mnt"], "the command must have {mountpoint}"),
+        (["--fuse-lacks", "acl, lokcs"], "nothing is called lokcs; there are acl,"),
+    ],
+)
+def test_bad_options(outside: Outside, arguments: list[str], says: str) -> None:
+    assert says in outside.run(*arguments, passes=False)
+
+
+AUTHORS_TESTS = """
+import os, signal, sys
+import pytest
+
+COMMAND = [sys.executable, "-m", "examples.memory", "{mountpoint}"]
+
+def test_good(fuse_mount):
+    server = fuse_mount(COMMAND)
+    (server.mountpoint / "file").write_text("text")
+    assert os.listdir(server.mountpoint) == ["file"]
+
+@pytest.mark.deadline(2)
+def test_hangs(fuse_mount):
+    server = fuse_mount(COMMAND)
+    os.kill(server.pid, signal.SIGSTOP)
+    os.mkdir(server.mountpoint / "d")
+
+def test_never_mounts(fuse_mount):
+    fuse_mount(["sh", "-c", "echo the reason"])
+
+def test_crashes_unseen(fuse_mount):
+    server = fuse_mount(COMMAND)
+    os.kill(server.pid, signal.SIGSEGV)
+    os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+
+@pytest.mark.fuse_needs("xattr")
+def test_left_out(fuse_mount):
+    assert False
+"""
+
+
+def test_authors_tests(outside: Outside) -> None:
+    """A hang ends at the deadline, and each failure says what the server did."""
+    outside.write("test_mine.py", AUTHORS_TESTS)
+    said = outside.run("--fuse-lacks=xattr", "test_mine.py", passes=False)
+    assert "2 failed, 2 passed, 1 deselected, 1 error" in said
+    assert re.search("test_hangs .*(DeadlineExceeded|OSError)", said)
+    assert "the server ended with code 0 before mounting; it must mount and stay in the foreground:" in said
+    assert "the reason" in said
+    assert "the server died with code -11" in said

@@ -14,20 +14,21 @@ from rawfuse.testing.watchdog import Watchdog
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "target" in metafunc.fixturenames:
-        specs = targets(metafunc.config)
-        if not specs:
-            pytest.exit(
-                "name the file system to test: --fuse-server 'COMMAND {mountpoint}'", pytest.ExitCode.USAGE_ERROR
-            )
+    specs = targets(metafunc.config)
+    if "target" in metafunc.fixturenames and specs:
         metafunc.parametrize("target", specs, ids=[spec.name for spec in specs], indirect=True, scope="module")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not targets(config) and any(Path(__file__).parent in item.path.parents for item in items):
+        raise pytest.UsageError("name the file system to test: --fuse-server 'COMMAND {mountpoint}'")
+
+
 @pytest.fixture(scope="module")
-def target(request: pytest.FixtureRequest, watchdog: Watchdog) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, fuse_watchdog: Watchdog) -> Iterator[Target]:
     """Each file system under test, mounted once a module; it must unmount cleanly and pass its check."""
     spec: TargetSpec = request.param
-    yield from run_target(Target(spec, make_scratch(spec.name), watchdog))
+    yield from run_target(Target(spec, make_scratch(spec.name), fuse_watchdog))
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ class TestAccessAcl:
         as_user(ALICE, os.setxattr, root / "f", ACCESS, with_user(7, BOB.uid, owner=7, group=5))
         assert mode_of(root / "f") & stat.S_ISGID == 0
 
+    @pytest.mark.fuse_needs("symlinks")
     def test_not_on_symlinks(self, root: Path) -> None:
         (root / "l").symlink_to("x")
         with fails(errno.EOPNOTSUPP):
@@ -203,6 +204,7 @@ class TestDefaultAcl:
         assert mode_of(write_path) == 0o600
         assert "mask::---" in getfacl(write_path)
 
+    @pytest.mark.fuse_needs("mknod", "symlinks")
     def test_other_kinds(self, parent: Path) -> None:
         os.mkfifo(parent / "p", 0o666)
         assert mode_of(parent / "p") == 0o660

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rawfuse.testing.syscalls import DirectoryStream, fails, write_file
+from rawfuse.testing.syscalls import DirectoryStream, fails, opened, write_file
 
 DOTS = {b".", b".."}
 
@@ -18,14 +18,15 @@ def name(number: int) -> str:
     return f"entry-{number:07}-with-a-name-of-some-length"
 
 
+def make(entry: str, directory: int) -> None:
+    """An empty file."""
+    os.close(os.open(entry, os.O_CREAT | os.O_EXCL | os.O_WRONLY, dir_fd=directory))
+
+
 def fill(directory: Path, numbers: range) -> None:
-    """Empty files by mknod: one request each."""
-    here = os.open(directory, os.O_RDONLY)
-    try:
+    with opened(directory) as here:
         for number in numbers:
-            os.mknod(name(number), 0o100644, dir_fd=here)
-    finally:
-        os.close(here)
+            make(name(number), here)
 
 
 @pytest.mark.deadline(120)
@@ -36,13 +37,13 @@ def test_big(root: Path, fuse_stress: bool) -> None:
     assert len(os.listdir(root)) == entries
     seen: Counter[bytes] = Counter()
     removed, added = 0, 0
-    with DirectoryStream(root) as stream:
+    with DirectoryStream(root) as stream, opened(root) as here:
         for count, found in enumerate(stream.names()):
             seen[found] += 1
             if count % 10 == 0 and removed < entries // 20:
                 os.unlink(root / name(removed * 2))
                 removed += 1
-                os.mknod(root / f"new{added}", 0o100644)
+                make(f"new{added}", here)
                 added += 1
     stayed = {name(number).encode() for number in range(entries) if number % 2 or number >= removed * 2}
     assert all(seen[entry] == 1 for entry in stayed), "an entry that stayed was listed not once"
@@ -172,8 +173,9 @@ def test_types_and_inodes(root: Path) -> None:
 
 def test_long_names(root: Path) -> None:
     names = {f"{number:04}".ljust(255, "é"[0] if number % 2 else "x")[:127] for number in range(3000)}
-    for entry in names:
-        os.mknod(root / entry, 0o100644)
+    with opened(root) as here:
+        for entry in names:
+            make(entry, here)
     assert set(os.listdir(root)) == names
 
 
