@@ -13,10 +13,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Final
 
 from polefs.data.budget import MemoryBudget
+from polefs.data.cache.directory import CacheDirectory
+from polefs.data.cache.rangeset import Range
+from polefs.data.cache.reader import CachedContents
+from polefs.data.cache.store import CacheLimits
 from polefs.data.dirty import DirtyFiles, Limits
 from polefs.data.durability import JournalLog
 from polefs.data.extentcache import ExtentCache
@@ -30,7 +37,7 @@ from polefs.data.recovery import recover
 from polefs.data.state import FileState
 from polefs.data.writeback import WriteBack
 from polefs.meta.api import MetaAPI
-from polefs.meta.model import FILE_SIZE_MAX, Inode, SetAttr
+from polefs.meta.model import FILE_SIZE_MAX, DataCommit, Inode, SetAttr
 from polefs.objects.base import ObjectStore
 from polefs.objects.localio import sync_directory
 
@@ -50,7 +57,7 @@ _COPY_STEP: Final = 1 << 20
 _SHARE_ATTEMPTS: Final = 4
 
 _MEMORY: Final = 64 << 20
-"""The budget of contents on their way, unless another is given, bytes."""
+"""The budget of contents on their way, unless another is given, bytes; read-ahead has as much again."""
 
 
 class FileStore:
@@ -72,22 +79,28 @@ class FileStore:
         threads: int = 4,
         codec: Codec | None = None,
         budget: MemoryBudget | None = None,
+        cache: CacheDirectory | None = None,
+        cache_limits: CacheLimits | None = None,
     ) -> None:
         """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
         None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
-        way."""
+        way. ``cache``: where contents that come in frames are kept; it is closed with this."""
         self._meta = meta
         self._directory = os.path.abspath(directory)
         self._flush_after = flush_after
         self._threads = ThreadPoolExecutor(threads, "data")
         self._extents = ExtentCache(meta)
         self.budget = budget or MemoryBudget(_MEMORY)
-        segments: Segments = (
-            PlainSegments(objects)
-            if codec is None
-            else FramedSegments(meta, objects, codec, self._threads, self.budget)
-        )
-        self._reader = Reader(meta, segments, self._extents, self._threads)
+        self.cached: CachedContents | None = None
+        """Contents through the cache, where there is one."""
+        segments: Segments = PlainSegments(objects)
+        if codec is not None:
+            segments = framed = FramedSegments(meta, objects, codec, self._threads, self.budget)
+            if cache is not None:
+                memory = MemoryBudget(self.budget.limit)
+                limits_ = cache_limits or CacheLimits()
+                self.cached = CachedContents(meta, self._extents, framed, cache, limits_, memory)
+        self._reader = Reader(meta, segments, self._extents, self._threads, self.cached)
         self._reclaimer = Reclaimer(meta, objects)
         os.makedirs(self._directory, exist_ok=True)
         numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
@@ -95,7 +108,14 @@ class FileStore:
         self._dirty = DirtyFiles(self._directory, self._log, limits or Limits())
         self._find = self._dirty.find
         self._writeback = WriteBack(
-            meta, objects, codec, self._reader, self._threads, self._settled, self._dirty.note_segment
+            meta,
+            objects,
+            codec,
+            self._reader,
+            self._threads,
+            self._committing,
+            self._settled,
+            self._dirty.note_segment,
         )
         self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)
 
@@ -103,6 +123,11 @@ class FileStore:
 
     async def recover(self) -> None:
         """Bring back what the last process had acknowledged and not committed, and commit it. Before anything else."""
+        if self.cached is not None:
+            writer = secrets.randbits(63)
+            previous = await self._meta.exchange_writer(writer)
+            await self._meta.sync()
+            await self.cached.start(previous, writer)
         found = await recover(self._meta, self._directory, self._log.epoch, self._threads)
         self._dirty.adopt(found.states)
         self._writeback.doubtful.extend(found.segments)
@@ -123,13 +148,17 @@ class FileStore:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
         journals for the next ``recover``. Nothing else may be running or be called afterwards."""
         await self._flusher.stop()
+        saved = False
         try:
             await self._flusher.flush()
             await self._meta.sync()
+            saved = True
             await self._reclaimer.reclaim()
             await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, self._log.epoch + 1)
         finally:
             await self._reclaimer.stop()
+            if self.cached is not None:
+                await self.cached.close(clean=saved)
             self._threads.shutdown(wait=False)
 
     def _clean(self, epoch: int) -> None:
@@ -249,13 +278,12 @@ class FileStore:
             if self._dirty.told_by_journal(target):
                 self._dirty.forget_journal(target)
             try:
-                inode = await self._meta.clone_range(source, source_offset, length, target, target_offset)
+                async with self._changing({target: [(target_offset, target_offset + length)]}):
+                    inode = await self._meta.clone_range(source, source_offset, length, target, target_offset)
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:
                     return None
                 raise
-            finally:
-                self._extents.invalidate(target)
             state = self._find(target)
             if state is not None and state.size < target_offset + length:
                 # Written to, by a file size that is no more, while the metadata changed.
@@ -307,6 +335,8 @@ class FileStore:
         """The file is removed for good: nothing of it is written back."""
         self._dirty.forget(ino)
         self._extents.invalidate(ino)
+        if self.cached is not None:
+            self.cached.cache.forget(ino)
 
     async def flush(self, ino: int | None = None) -> None:
         """Write back one file or everything now."""
@@ -329,8 +359,45 @@ class FileStore:
         """Delete the objects of dead segments in the background: files have been removed, or overwritten."""
         self._reclaimer.soon()
 
+    @asynccontextmanager
+    async def _changing(self, changes: Mapping[int, Sequence[Range]]) -> AsyncIterator[None]:
+        """The committed contents of these ranges (by inode) change in the metadata within the block."""
+        if self.cached is None:
+            try:
+                yield
+            finally:
+                self._known_no_more(changes)
+        else:
+            async with self.cached.cache.changing(changes):
+                try:
+                    yield
+                finally:
+                    self._known_no_more(changes)
+
+    def _known_no_more(self, inos: Mapping[int, object]) -> None:
+        for ino in inos:
+            self._extents.invalidate(ino)
+
+    @asynccontextmanager
+    async def _committing(self, commits: Sequence[DataCommit]) -> AsyncIterator[None]:
+        changes: dict[int, list[Range]] = {commit.ino: [] for commit in commits}
+        if self.cached is not None:
+            for commit in commits:
+                changes[commit.ino] = await self._changed_ranges(commit)
+        async with self._changing(changes):
+            yield
+
+    async def _changed_ranges(self, commit: DataCommit) -> list[Range]:
+        try:
+            inode = await self._meta.get_inode(commit.ino)
+        except FileNotFoundError:
+            return []
+        if commit.inline is not None:
+            return [(0, FILE_SIZE_MAX)]
+        ranges = [*commit.drops, *((extent.offset, extent.end) for extent in commit.extents)]
+        return [*ranges, (commit.size, FILE_SIZE_MAX)] if commit.size < inode.size else ranges
+
     def _settled(self, state: FileState, depth: int) -> None:
-        self._extents.invalidate(state.ino)
         self._dirty.settle(state, depth)
         self._reclaimer.soon()
 

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import Executor
-from typing import Final
+from typing import Final, Protocol
 
 from polefs.data.extentcache import WINDOW, ExtentCache
 from polefs.data.fetch import Segments
@@ -29,14 +29,36 @@ def zeros(length: int) -> list[Buffer]:
     return found + zeros(length % len(_ZEROS))
 
 
+class ContentsChanged(Exception):
+    """A file is not any more what the inode tells that it was to be read by."""
+
+
+class Contents(Protocol):
+    """Another way to the contents of files with extents than straight from their segments."""
+
+    async def read(self, inode: Inode, start: int, end: int) -> list[Buffer]:
+        """The committed bytes of the range, in parts; beyond the size they are zero. FileNotFoundError for a segment
+        that is gone, ContentsChanged."""
+        ...
+
+
 class Reader:
     """Reads through the layers of a file into its committed contents. Failures are OSError: EIO for contents that the
     meta service tells of and the object store has not, and whatever the local file system reports."""
 
-    def __init__(self, meta: MetaAPI, segments: Segments, cache: ExtentCache, threads: Executor) -> None:
+    def __init__(
+        self,
+        meta: MetaAPI,
+        segments: Segments,
+        extents: ExtentCache,
+        threads: Executor,
+        contents: Contents | None = None,
+    ) -> None:
+        """``contents``: how the contents of files with extents are read, where not straight from ``segments``."""
         self._meta = meta
         self._segments = segments
-        self._cache = cache
+        self._extents = extents
+        self._contents = contents
         self._threads = threads
 
     async def pieces(self, inode: Inode, pieces: Sequence[Piece]) -> list[Buffer]:
@@ -74,19 +96,21 @@ class Reader:
                 return [data, *zeros(end - start - len(data))] if data else zeros(end - start)
             if not inode.allocated:
                 return zeros(end - start)
-            extents = self._cache.get_now(inode.ino, start, end)
-            if extents is None:
-                extents = await self._cache.get(inode.ino, start, end)
             try:
-                return await self._extents(extents, start, end)
-            except FileNotFoundError:
+                if self._contents is not None:
+                    return await self._contents.read(inode, start, end)
+                extents = self._extents.get_now(inode.ino, start, end)
+                if extents is None:
+                    extents = await self._extents.get(inode.ino, start, end)
+                return await self._read(extents, start, end)
+            except (FileNotFoundError, ContentsChanged):
                 # Written anew and committed while we were reading: those extents' objects are gone, and others have
                 # come.
-                self._cache.invalidate(inode.ino)
+                self._extents.invalidate(inode.ino)
                 inode = await self._meta.get_inode(inode.ino)
         raise OSError(errno.EIO, f"contents of inode {inode.ino} at {start} are missing from the object store")
 
-    async def _extents(self, extents: Sequence[Extent], start: int, end: int) -> list[Buffer]:
+    async def _read(self, extents: Sequence[Extent], start: int, end: int) -> list[Buffer]:
         found: list[Buffer | None] = []
         waiting: list[tuple[int, Awaitable[Buffer | list[Buffer]]]] = []
         position = start

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import msgspec
@@ -66,8 +67,8 @@ class _Plan(msgspec.Struct):
 
 
 class WriteBack:
-    """``settled(state, depth)`` is called in the loop turn in which a file's commit returns, ``taken(segment)``
-    before a segment's object is written."""
+    """``changing(commits)`` encloses each change of the metadata, ``settled(state, depth)`` is called in the loop turn
+    in which a file's last commit returns, ``taken(segment)`` before a segment's object is written."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class WriteBack:
         codec: Codec | None,
         reader: Reader,
         threads: Executor,
+        changing: Callable[[Sequence[DataCommit]], AbstractAsyncContextManager[None]],
         settled: Callable[[FileState, int], None],
         taken: Callable[[int], None],
     ) -> None:
@@ -84,6 +86,7 @@ class WriteBack:
         self._codec = codec
         self._reader = reader
         self._threads = threads
+        self._changing = changing
         self._settled = settled
         self.doubtful: list[int] = []
         """Segments that were written while it is not known whether they were committed."""
@@ -201,7 +204,8 @@ class WriteBack:
     async def _commit(self, segments: list[Segment], commits: list[DataCommit]) -> None:
         self._committing.update((commit.ino, commit) for commit in commits)
         try:
-            await self._meta.commit_data(segments, commits)
+            async with self._changing(commits):
+                await self._meta.commit_data(segments, commits)
         finally:
             for commit in commits:
                 del self._committing[commit.ino]

@@ -133,6 +133,11 @@ class MetaAPI(Protocol):
         """Reserve ``count`` consecutive segment ids, never used before nor again; returns the first."""
         ...
 
+    async def exchange_writer(self, writer: int) -> int:
+        """Let ``writer``, a random number of 63 bits, stand for those who may change contents from now on; returns the
+        number before. Who keeps copies of contents knows by it whether others may have changed them since."""
+        ...
+
     async def commit_data(self, segments: Sequence[Segment], commits: Sequence[DataCommit]) -> None:
         """Record new segments and the new contents of many files in one transaction. The objects must exist already, as
         durable as the volume promises. A file that has been removed meanwhile is passed over. ``allocated``, usage and

@@ -118,6 +118,9 @@ class MetaService:
     async def allocate_segments(self, count: int) -> int:
         return await self._write(_allocate_segments, count)
 
+    async def exchange_writer(self, writer: int) -> int:
+        return await self._write(_exchange_writer, writer)
+
     async def commit_data(self, segments: Sequence[Segment], commits: Sequence[DataCommit]) -> None:
         """As in ``MetaAPI``. The byte limit is not checked: these bytes have been acknowledged already. EEXIST for a
         segment id used before, EIO for an extent in a segment that is neither in ``segments`` nor alive, EINVAL for
@@ -176,6 +179,10 @@ async def _allocate_segments(tx: Transaction, count: int) -> int:
     if count <= 0:
         raise error(errno.EINVAL)
     return await tx.allocate_segments(count)
+
+
+async def _exchange_writer(tx: Transaction, writer: int) -> int:
+    return await tx.exchange_writer(writer)
 
 
 async def _forget_segments(tx: Transaction, ids: Sequence[int]) -> None:

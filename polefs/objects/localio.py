@@ -1,14 +1,18 @@
-"""Reading and writing local files: whole transfers, reads that never wait, and durable directory entries."""
+"""Reading and writing local files: whole transfers, reads that never wait, holes, and what makes them durable."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from polefs.objects.base import Space
 
 _IOV_MAX = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -25,9 +29,8 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
         rest = rest[written:]
 
 
-def write_parts(fd: int, parts: Sequence[bytes | bytearray | memoryview]) -> int:
-    """Write the parts one after another from offset 0; returns their total length."""
-    offset = 0
+def write_parts(fd: int, parts: Sequence[bytes | bytearray | memoryview], offset: int = 0) -> int:
+    """Write the parts one after another from ``offset`` on; returns where they end."""
     for first in range(0, len(parts), _IOV_MAX):
         group = parts[first : first + _IOV_MAX]
         total = sum(map(len, group))
@@ -81,3 +84,48 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def allocated_ranges(fd: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are not holes, in order, as the file system keeps them (lseek(2), SEEK_DATA). Blocks."""
+    position = 0
+    while True:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, position
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Free the range, which reads as zero afterwards (fallocate(2), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE).
+    Blocks."""
+    if _libc.fallocate64(fd, 3, offset, length) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def sync_file_system(path: str) -> None:
+    """Make everything durable that has been written to the file system of ``path`` (syncfs(2)). Blocks."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Make ``data`` the contents of ``path``, durably: after a crash it holds the old ones or the new ones. Blocks."""
+    fd = os.open(path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, data, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(path + ".new", path)
+    sync_directory(os.path.dirname(path))

@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from polefs.data.cache.directory import CacheDirectory
+from polefs.data.cache.store import CacheLimits
 from polefs.data.dirty import Limits
 from polefs.data.files import FileStore
+from polefs.data.frames import Codec
 from polefs.meta.model import ROOT_INO, Caller, Inode
 from polefs.meta.service import MetaService
 from polefs.meta.store.sqlite import SqliteStore
@@ -53,6 +56,16 @@ class Dying:
         return call
 
 
+class FarStore(DirectoryStore):
+    """A store that can neither take over a local file nor give bytes at once, as one across a network."""
+
+    async def adopt(self, key: str, path: str) -> bool:
+        return False
+
+    def get_now(self, key: str, offset: int, length: int) -> None:
+        return None
+
+
 class Volume:
     """A volume whose data side can be dropped and opened again, as after the death of the process."""
 
@@ -60,8 +73,13 @@ class Volume:
     objects: DirectoryStore
     files: FileStore
 
-    def __init__(self, path: Path, limits: Limits | None = None, flush_after: float = 5.0) -> None:
+    def __init__(
+        self, path: Path, limits: Limits | None = None, flush_after: float = 5.0, *, cached: bool = False
+    ) -> None:
+        """``cached``: contents are stored in frames and read through the cache, as with objects far away."""
         self.path = path
+        self.cached = cached
+        self.cache_limits = CacheLimits(free=0)
         self.limits = limits
         self.flush_after = flush_after
         self.dying: Dying | None = None
@@ -75,7 +93,7 @@ class Volume:
         await self.open_files()
 
     async def open_files(self) -> None:
-        self.objects = DirectoryStore(str(self.path / "objects"))
+        self.objects = (FarStore if self.cached else DirectoryStore)(str(self.path / "objects"))
         self.dying_meta = Dying(self.meta, {"commit_data", "sync", "clone_range", "allocate_segments"})
         self.dying_objects = Dying(self.objects, {"put", "adopt", "delete"})
         self.files = FileStore(
@@ -84,6 +102,9 @@ class Volume:
             str(self.path / "local"),
             limits=self.limits,
             flush_after=self.flush_after,
+            codec=Codec() if self.cached else None,
+            cache=CacheDirectory.open(str(self.path / "cache"), "volume") if self.cached else None,
+            cache_limits=self.cache_limits,
         )
         await self.files.recover()
 
@@ -96,6 +117,8 @@ class Volume:
         await self.files._flusher.stop()
         await self.files._reclaimer.stop()
         await asyncio.gather(*self.files._flusher._working, return_exceptions=True)
+        if self.files.cached is not None:
+            await self.files.cached.close(clean=False)
         self.files._threads.shutdown()
         await self.objects.close()
         await self.open_files()

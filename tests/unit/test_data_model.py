@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from polefs.data.cache.reader import CachedContents
 from polefs.data.dirty import Limits
 from polefs.data.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
 from polefs.meta.model import SetAttr
@@ -36,6 +37,8 @@ def pattern(seed: int, length: int) -> bytes:
 
 
 class DataModel(RuleBasedStateMachine):
+    cached = False
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.mkdtemp(prefix="polefs-model-")
@@ -49,7 +52,7 @@ class DataModel(RuleBasedStateMachine):
     def begin(self, small: bool) -> None:
         # With tight limits, writes wait for write-back.
         limits = Limits(memory=300_000, local=8 << 20, journal=8 << 20, replicas=6) if small else None
-        self.volume = Volume(Path(self.directory), limits)
+        self.volume = Volume(Path(self.directory), limits, cached=self.cached)
         self.started = small
         self.run(self.open())
         self.inos = [self.run(self.volume.make(b"f%d" % i)) for i in range(FILES)]
@@ -256,7 +259,77 @@ class DataModel(RuleBasedStateMachine):
             shutil.rmtree(self.directory)
 
 
+class CachedModel(DataModel):
+    """The same through a cache, which is lost, evicted, and read by many at a time."""
+
+    cached = True
+
+    @property
+    def contents_cache(self) -> CachedContents:
+        assert self.volume.files.cached is not None
+        return self.volume.files.cached
+
+    @rule(file=files)
+    def read_all(self, file: int) -> None:
+        """So much that some of it is cached."""
+        self.run(self.volume.files.flush())
+        self.run(self.check(file))
+
+    @rule(size=st.sampled_from([0, 1 << 18]))
+    def evict(self, size: int) -> None:
+        async def work() -> None:
+            cached = self.contents_cache
+            if cached._tasks:
+                await asyncio.wait(cached._tasks)
+            await cached.cache.shrink(size)
+
+        self.run(work())
+        self.check_all()
+
+    @rule(file=files)
+    def close_files(self, file: int) -> None:
+        """What is valid is learnt from the cache files again."""
+
+        async def work() -> None:
+            cache = self.contents_cache.cache
+            for _ in range(len(cache._files)):
+                cache._let_go()
+
+        self.run(work())
+        self.run(self.check(file))
+
+    @rule(lost=st.sampled_from(["cache", "cache/files", "cache/state"]))
+    def lose_cache(self, lost: str) -> None:
+        path = Path(self.directory) / lost
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
+        self.check_all()
+
+    @rule(file=files, count=st.integers(1, 4), turns=st.integers(0, 40), offset=offsets, length=lengths)
+    def read_during_commit(self, file: int, count: int, turns: int, offset: int, length: int) -> None:
+        """Reads that begin at any moment of a commit, and what they leave in the cache."""
+
+        async def read(start: int) -> None:
+            await ticks(turns * start % 37)
+            content = bytes(self.contents[file])
+            offset = start * 70_001 % (len(content) + 1)
+            assert await self.volume.read(self.inos[file], offset, 300_000) == content[offset : offset + 300_000]
+
+        async def work() -> None:
+            await self.do_write(file, offset, length)
+            await asyncio.gather(self.volume.files.flush(), *(read(start) for start in range(count * 3)))
+
+        self.run(work())
+        self.run(self.check(file))
+
+
 TestDataModel = DataModel.TestCase
-TestDataModel.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+TestCachedModel = CachedModel.TestCase
+TestDataModel.settings = TestCachedModel.settings = settings(
+    max_examples=400 if os.environ.get("POLEFS_STRESS") else 40,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )

@@ -87,6 +87,10 @@ class Transaction(Reader, Protocol):
         """The first of ``count`` consecutive ids that no segment had before."""
         ...
 
+    async def exchange_writer(self, writer: int) -> int:
+        """Note who may change contents from now on; returns who could before."""
+        ...
+
     def put_inode(self, inode: Inode) -> None:
         """Insert or replace the row; written once when the transaction commits."""
         ...

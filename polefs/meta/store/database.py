@@ -48,7 +48,7 @@ def make(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> None:
         for statement in schema.TABLES:
             execute(statement)
         execute(
-            "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, ?, 1, ?)",
+            "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, ?, 1, ?, 0)",
             (name, uuid.uuid4().bytes, now, bytes_limit, inodes_limit, ROOT_INO + 1, FIRST_COOKIE, new_generation()),
         )
         root = Inode(

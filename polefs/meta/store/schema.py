@@ -32,7 +32,7 @@ TABLES: Final = (
         name TEXT NOT NULL, uuid BLOB NOT NULL, created INTEGER NOT NULL, durability TEXT NOT NULL,
         bytes_limit INTEGER NOT NULL, inodes_limit INTEGER NOT NULL,
         next_ino INTEGER NOT NULL, next_cookie INTEGER NOT NULL, next_segment INTEGER NOT NULL,
-        redo INTEGER NOT NULL)""",
+        redo INTEGER NOT NULL, writer INTEGER NOT NULL)""",
     """CREATE TABLE session(
         id INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, expires INTEGER NOT NULL, info BLOB NOT NULL)""",
     """CREATE TABLE inode(

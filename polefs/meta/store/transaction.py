@@ -253,6 +253,12 @@ class SqliteTransaction:
     async def allocate_segments(self, count: int) -> int:
         return self._take("next_segment", count)
 
+    async def exchange_writer(self, writer: int) -> int:
+        previous: int = self._run("SELECT writer FROM volume").fetchone()[0]
+        self.changes += 1
+        self._change("UPDATE volume SET writer = ?", (writer,))
+        return previous
+
     # What hangs on an inode
 
     async def symlink(self, ino: int) -> bytes | None:
