@@ -1,5 +1,12 @@
-"""Builds the compiled module ``rawfuse._kernel``; everything else stands in pyproject.toml."""
+"""Builds the compiled modules ``rawfuse._kernel`` and ``rawfuse._fast``; everything else stands in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import Extension, setup
 
-setup(cffi_modules=["rawfuse/_build.py:ffibuilder"])
+FAST = Extension(
+    "rawfuse._fast",
+    ["rawfuse/_fast.c"],
+    depends=["rawfuse/_structs.cdef"],
+    extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-cast-function-type"],
+)
+
+setup(cffi_modules=["rawfuse/_build.py:ffibuilder"], ext_modules=[FAST])

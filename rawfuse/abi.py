@@ -14,6 +14,9 @@ OLDEST_MINOR = 31
 ROOT_ID: int = lib.FUSE_ROOT_ID
 MIN_READ_BUFFER: int = lib.FUSE_MIN_READ_BUFFER
 UNIQUE_RESEND: int = lib.FUSE_UNIQUE_RESEND
+MAX_ERRNO: int = lib.FUSE_MAX_ERRNO
+"""The kernel accepts errors 1 to 511 in a reply (dev.c: fuse_dev_do_write)."""
+
 INVALID_UIDGID: int = lib.FUSE_INVALID_UIDGID
 COMPAT_SETXATTR_IN_SIZE: int = lib.FUSE_COMPAT_SETXATTR_IN_SIZE
 EXT_GROUPS: int = lib.FUSE_EXT_GROUPS

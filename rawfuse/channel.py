@@ -28,12 +28,29 @@ _AGAIN = -errno.EAGAIN
 _RETRY = (-errno.EINTR, -errno.ENOENT)
 
 
+class Reader(Protocol):
+    """Reads the requests of one descriptor; may serve some of them itself."""
+
+    left: int
+    """Requests until ``run`` returns."""
+
+    def use(self, buffer: RequestBuffer, /) -> None:
+        """Read into this buffer from now on."""
+
+    def run(self, nanoseconds: int, /) -> int:
+        """The length of the next request that is not served yet, 0 when ``left`` is used up, or ``-errno``; EAGAIN when
+        nothing came for so long."""
+
+
 class Server(Protocol):
     """What a channel sees of the dispatcher."""
 
     @property
     def waiting(self) -> bool:
         """Whether some handler waits for the event loop: then there is no time to look twice for a request."""
+
+    def reader(self, channel: Channel, device: Device) -> Reader:
+        """What is to read the requests of a descriptor of the device."""
 
     def serve(self, channel: Channel, message: InMessage, length: int) -> None:
         """One request: the first ``length`` bytes of the message's buffer, not loaded yet, in one piece. When it
@@ -85,6 +102,25 @@ class Channel(ABC):
         """What was lent is free again."""
 
 
+class PlainReader:
+    """Reads requests and serves none."""
+
+    def __init__(self, device: Device, server: Server) -> None:
+        self._device = device
+        self._server = server
+        self._buffer: RequestBuffer
+        self.left = 0
+
+    def use(self, buffer: RequestBuffer) -> None:
+        self._buffer = buffer
+
+    def run(self, nanoseconds: int) -> int:
+        if self.left == 0:
+            return 0
+        self.left -= 1
+        return self._device.read_soon(self._buffer, 0 if self._server.waiting else nanoseconds)
+
+
 class DeviceChannel(Channel):
     """One descriptor of ``/dev/fuse``. ``busy_poll``: nanoseconds for which it looks for the next request before it
     sleeps, while they come that fast."""
@@ -93,6 +129,7 @@ class DeviceChannel(Channel):
         self._device = device
         self._loop = loop
         self._server: Server
+        self._reader: Reader
         self._reading = False
         self._buffer = RequestBuffer(buffer_size)
         self._message = InMessage(self._buffer.view)
@@ -105,13 +142,14 @@ class DeviceChannel(Channel):
 
     def begin(self, server: Server) -> None:
         self._server = server
+        self._reader = server.reader(self, self._device)
+        self._reader.use(self._buffer)
         self._reading = True
         self._loop.add_reader(self._device.fd, self._on_readable)
 
     def pause(self) -> None:
         if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._device.fd)
+            self._stop()
             self._loop.add_reader(self._hang_up.fileno(), self._on_hang_up)
 
     def resume(self) -> None:
@@ -120,13 +158,17 @@ class DeviceChannel(Channel):
             self._loop.remove_reader(self._hang_up.fileno())
             self._loop.add_reader(self._device.fd, self._on_readable)
 
+    def _stop(self) -> None:
+        self._reading = False
+        self._reader.left = 0
+        self._loop.remove_reader(self._device.fd)
+
     def reply(self, unique: int, message: Message) -> int:
         return self._device.write(message)
 
     def end(self) -> None:
-        self._reading = False
         if not self._hang_up.closed:
-            self._loop.remove_reader(self._device.fd)
+            self._stop()
             self._loop.remove_reader(self._hang_up.fileno())
             self._hang_up.close()
 
@@ -134,6 +176,7 @@ class DeviceChannel(Channel):
         lent = self._buffer
         self._buffer = self._free.pop() if self._free else RequestBuffer(lent.size)
         self._message = InMessage(self._buffer.view)
+        self._reader.use(self._buffer)
         return lent
 
     def give_back(self, buffer: RequestBuffer) -> None:
@@ -141,17 +184,19 @@ class DeviceChannel(Channel):
             self._free.append(buffer)
 
     def _on_readable(self) -> None:
-        server, read_soon = self._server, self._device.read_soon
+        server, reader = self._server, self._reader
         if self._patience < self._busy_poll and perf_counter_ns() - self._slept < self._busy_poll:
             # Had we looked a little longer, we need not have slept.
             self._patience = self._busy_poll
-        for _ in range(BURST):
-            length = read_soon(self._buffer, 0 if server.waiting else self._patience)
+        reader.left = BURST
+        while True:
+            length = reader.run(self._patience)
             if length > 0:
                 server.serve(self, self._message, length)
+            elif length == 0:
                 if not self._reading:
                     server.end_burst()
-                    return
+                return
             elif length == _AGAIN:
                 if not server.waiting:
                     self._patience >>= 1
@@ -160,11 +205,14 @@ class DeviceChannel(Channel):
                 self._slept = perf_counter_ns()
                 return
             elif length not in _RETRY:
-                server.end(-length)
+                self._ended(-length)
                 return
 
     def _on_hang_up(self) -> None:
         """The connection has ended while reading was paused. A read tells how; whatever else it gives nobody waits for
         any more."""
         length = self._device.read(self._buffer)
-        self._server.end(-length if length < 0 and length != _AGAIN else errno.ENODEV)
+        self._ended(-length if length < 0 and length != _AGAIN else errno.ENODEV)
+
+    def _ended(self, error: int) -> None:
+        self._server.end(error)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from enum import Enum
+from typing import NamedTuple
 
 from rawfuse import ops
 from rawfuse.abi import COMPAT_SETXATTR_IN_SIZE, InitFlag
@@ -18,11 +20,33 @@ IN_PLACE = 16 << 10
 """Data of a WRITE up to this size are copied, so that a waiting handler keeps no request buffer for them, bytes."""
 
 
+class Tail(Enum):
+    """What follows the structure of a request."""
+
+    NOTHING = 0
+    NAME = 1
+    DATA = 2
+
+
+class Shape(NamedTuple):
+    """The form of a simple request: a structure, or none, and what follows it; the operation takes all fields in
+    order."""
+
+    op_type: OpFactory
+    codec: Codec | None
+    tail: Tail
+
+
+SHAPES: dict[Decoder, Shape] = {}
+"""The decoders of such requests."""
+
+
 def plain(op_type: OpFactory) -> Decoder:
     def decode(message: InMessage) -> ops.Op:
         message.finish()
         return op_type(*message.origin)
 
+    SHAPES[decode] = Shape(op_type, None, Tail.NOTHING)
     return decode
 
 
@@ -32,6 +56,7 @@ def named(op_type: OpFactory) -> Decoder:
         message.finish()
         return op_type(*message.origin, name)
 
+    SHAPES[decode] = Shape(op_type, None, Tail.NAME)
     return decode
 
 
@@ -45,6 +70,7 @@ def fixed(op_type: OpFactory, structure: str) -> Decoder:
             message.finish()
         return op_type(*message.origin, *unpack(message.buffer, message.position))
 
+    SHAPES[decode] = Shape(op_type, codec, Tail.NOTHING)
     return decode
 
 
@@ -59,6 +85,7 @@ def fixed_and_name(op_type: OpFactory, structure: str, *, extended: bool = False
             return op_type(*message.origin, *fields, name, message.extensions())
         return op_type(*message.origin, *fields, name)
 
+    SHAPES[decode] = Shape(op_type, codec, Tail.NAME)
     return decode
 
 
@@ -128,6 +155,7 @@ def write() -> Decoder:
             data = memoryview(bytes(data))
         return ops.WriteFile(*message.origin, *fields, data)  # type: ignore[call-arg]
 
+    SHAPES[decode] = Shape(ops.WriteFile, codec, Tail.DATA)
     return decode
 
 

@@ -17,11 +17,13 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rawfuse import ops
-from rawfuse.abi import InitFlag, Opcode
+from rawfuse.abi import MAX_ERRNO, InitFlag, Opcode
 from rawfuse.backing import BackingFiles
-from rawfuse.channel import Channel
+from rawfuse.channel import Channel, PlainReader, Reader
 from rawfuse.decode import IN_PLACE
-from rawfuse.errors import MAX_ERRNO, ProtocolError
+from rawfuse.device import Device
+from rawfuse.errors import ProtocolError
+from rawfuse.fast import fast_path
 from rawfuse.filesystem import FileSystem
 from rawfuse.negotiate import Agreement, Settings
 from rawfuse.notify import Notifier
@@ -63,6 +65,7 @@ class Dispatcher:
         self._channels = channels
         self._loop = loop
         self._trace = trace
+        self._compiled = settings.compiled and trace is None
         self._rows = _rows(filesystem, agreement)
         self._rows[Opcode.INTERRUPT].handler = self._interrupt
         if backing is not None:
@@ -89,6 +92,11 @@ class Dispatcher:
     @property
     def waiting(self) -> bool:
         return bool(self._running)
+
+    def reader(self, channel: Channel, device: Device) -> Reader:
+        if self._compiled:
+            return fast_path(device.fd, self, channel, self._loop, self._running, self._rows)
+        return PlainReader(device, self)
 
     def end_burst(self) -> bool:
         if not self._running:
@@ -149,8 +157,7 @@ class Dispatcher:
     def _start(self, channel: Channel, row: Row, op: ops.Op, handler: Handler, length: int) -> None:
         """The handler's first step, in a context of its own."""
         loop = self._loop
-        running = Running(loop, self.finish)
-        running.channel, running.row, running.op = channel, row, op
+        running = self.new_task()
         context = contextvars.copy_context()
         failure: BaseException | None = None
         result: Any = None
@@ -165,34 +172,41 @@ class Dispatcher:
         except BaseException as error:
             failure = error
         else:
-            self._suspend(running, length, coroutine, yielded, context)
+            self.suspended(channel, row, op, length, coroutine, yielded, context, running)
             return
         finally:
             tasks._leave_task(loop, running)  # type: ignore[arg-type]
         running.retire()
         if failure is None:
-            self._reply(channel, row, op, result)
+            self.answered(channel, row, op, result)
         else:
-            self._reply_failure(channel, row, op, failure, interrupted=False)
-            if isinstance(failure, (KeyboardInterrupt, SystemExit)):
-                raise failure
+            self.failed(channel, row, op, failure)
 
-    def _suspend(
+    def new_task(self) -> Running:
+        return Running(self._loop, self.finish)
+
+    def made(self, channel: Channel, row: Row, op: ops.Op, length: int, made: Any) -> None:
+        self._start(channel, row, op, lambda op: made, length)
+
+    def suspended(
         self,
-        running: Running,
+        channel: Channel,
+        row: Row,
+        op: ops.Op,
         length: int,
         coroutine: Coroutine[Any, Any, Any],
         yielded: Any,
         context: contextvars.Context,
+        running: Running,
     ) -> None:
         """The handler waits, so its request is in flight now."""
-        row, op = running.row, running.op
+        running.channel, running.row, running.op = channel, row, op
         running.key = op.unique if row.encode is not None else next(self._nameless)
         self._running[running.key] = running
         if row.admitted:
             running.bytes = length
             if isinstance(op, ops.WriteFile) and op.size > IN_PLACE:
-                running.buffer = running.channel.lend()
+                running.buffer = channel.lend()
                 if running.buffer is not None:
                     running.bytes = running.buffer.size
             if row.reply_size is not None:
@@ -201,8 +215,8 @@ class Dispatcher:
             self._bytes += running.bytes
             if not self._paused and (self._admitted >= self._most or self._bytes >= self._most_bytes):
                 self._paused = True
-                for channel in self._channels:
-                    channel.pause()
+                for other in self._channels:
+                    other.pause()
         running.suspend(coroutine, yielded, context)
         if self._early and running.key in self._early:
             del self._early[running.key]
@@ -213,7 +227,7 @@ class Dispatcher:
         row, op = running.row, running.op
         del self._running[running.key]
         if failure is None:
-            self._reply(running.channel, row, op, result)
+            self.answered(running.channel, row, op, result)
         else:
             self._reply_failure(running.channel, row, op, failure, interrupted=running.interrupted)
         if running.buffer is not None:
@@ -256,7 +270,8 @@ class Dispatcher:
         log.warning("unknown opcode %d", message.opcode)
         self._fail(channel, message.in_header.unique, errno.ENOSYS)
 
-    def _reply(self, channel: Channel, row: Row, op: ops.Op, result: Any) -> None:
+    def answered(self, channel: Channel, row: Row, op: ops.Op, result: Any) -> None:
+        """A handler has returned; what it returned need not be a reply."""
         encode = row.encode
         if encode is None:
             return
@@ -274,13 +289,19 @@ class Dispatcher:
         if self._trace is not None:
             self._trace.reply(op.unique, 0, result)
         if sent < 0:
-            self._not_sent(channel, row, op, result, sent)
+            self.refused(channel, row, op, result, sent)
 
-    def _not_sent(self, channel: Channel, row: Row, op: ops.Op, result: Any, error: int) -> None:
+    def refused(self, channel: Channel, row: Row, op: ops.Op, result: Any, error: int) -> None:
         if error != _GONE and error not in _ENDED:
             log.error("the kernel refused the reply to %s: %s", row.name, errno.errorcode.get(-error, -error))
             self._fail(channel, op.unique, errno.EIO)
         self._undo(op, result)
+
+    def failed(self, channel: Channel, row: Row, op: ops.Op, failure: BaseException) -> None:
+        """A handler has raised without having waited."""
+        self._reply_failure(channel, row, op, failure, interrupted=False)
+        if isinstance(failure, (KeyboardInterrupt, SystemExit)):
+            raise failure
 
     def _reply_failure(
         self, channel: Channel, row: Row, op: ops.Op, failure: BaseException, *, interrupted: bool

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 
-MAX_ERRNO = 511
-"""The kernel accepts errors 1 to 511 in a reply (dev.c: fuse_dev_do_write)."""
-
 
 class FuseError(OSError):
     """Raised by a handler to answer with an errno; any other ``OSError`` with an errno does the same."""

@@ -190,6 +190,8 @@ class Settings:
     is not to be had, the device is used; see ``Session.transport``."""
     readers: int = 2
     """Descriptors of the transport "clones"."""
+    compiled: bool = True
+    """Common requests are served by compiled code; without it, as when they are traced, by Python code alone."""
     refuse: InitFlag = _NONE
     """Features to leave out although they are wanted."""
 

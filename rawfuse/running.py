@@ -74,6 +74,7 @@ class Running:
         "loop",
         "op",
         "row",
+        "touched",
     )
 
     def __init__(
@@ -89,6 +90,8 @@ class Running:
         self._must_cancel = False
         self._cancel_requests = 0
         self._done = False
+        self.touched = False
+        """Cancelled by somebody."""
         self.interrupted = False
         self.buffer: RequestBuffer | None = None
         self.bytes = 0
@@ -155,6 +158,7 @@ class Running:
     def cancel(self, msg: object = None) -> bool:
         if self._done:
             return False
+        self.touched = True
         self._cancel_requests += 1
         if self._waiting_for is None or not self._waiting_for.cancel():
             self._must_cancel = True
@@ -174,7 +178,7 @@ class Running:
         return self.loop
 
     def get_name(self) -> str:
-        return f"{self.row.name} {self.op.unique}"
+        return f"{self.row.name} {self.op.unique}" if self._coroutine is not None else "first step of a handler"
 
     def get_coro(self) -> Coroutine[Any, Any, Any] | None:
         return self._coroutine

@@ -29,8 +29,8 @@ _FILLER = ("padding", "dummy", "unused", "reserved", "spare", "__spare", "__rese
 
 class Codec:
     """Packs and unpacks one structure: ``fields`` are its values in order, nested structures flattened with dotted
-    names, filler (padding, spare words) left out and written as zeros. ``signed`` names unsigned fields to read and
-    write as signed ones (times before 1970)."""
+    names, filler (padding, spare words) left out and written as zeros; ``places`` are their offsets and sizes.
+    ``signed`` names unsigned fields to read and write as signed ones (times before 1970)."""
 
     def __init__(self, name: str, signed: Iterable[str] = ()) -> None:
         ctype = ffi.typeof(f"struct {name}")
@@ -38,6 +38,7 @@ class Codec:
         self.size: int = ffi.sizeof(ctype)
         self._signed = frozenset(signed)
         self.fields: list[str] = []
+        self.places: list[tuple[int, int]] = []
         self.format = self._layout(ctype, "", 0)
         self.struct = struct.Struct("=" + self.format)
         if self.struct.size != self.size:
@@ -67,6 +68,7 @@ class Codec:
         if leaf.rstrip("0123456789") in _FILLER:
             return f"{ffi.sizeof(ctype)}x"
         self.fields.append(name)
+        self.places.append((offset, ffi.sizeof(ctype)))
         code = _FORMATS[ctype.cname]
         return code.lower() if name in self._signed else code
 

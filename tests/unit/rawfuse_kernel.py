@@ -11,6 +11,8 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -30,6 +32,9 @@ DEADLINE = 20
 """Seconds that a scenario or a reply may take."""
 
 _CLOSED = (0, -errno.ECONNRESET, -errno.EPIPE)
+
+compiled: ContextVar[bool] = ContextVar("compiled", default=True)
+"""Whether ``served`` lets compiled code serve what it can."""
 
 
 class Reply(NamedTuple):
@@ -54,6 +59,13 @@ class PairDevice(Device):
             error, self.refuse_next = self.refuse_next, 0
             return error
         return _as_device(super().write(message))
+
+
+class PairChannel(DeviceChannel):
+    """Whatever its descriptor says at the end, the mount was taken away."""
+
+    def _ended(self, error: int) -> None:
+        super()._ended(errno.ENODEV)
 
 
 def _as_device(result: int) -> int:
@@ -122,6 +134,11 @@ class Kernel:
         for channel in range(len(self._ends)):
             await self.call(Opcode.STATFS, channel=channel)
 
+    def take_no_more(self) -> None:
+        """Replies cannot be sent from now on."""
+        for end in self._ends:
+            end.shutdown(socket.SHUT_RD)
+
     def close(self) -> None:
         for end in self._ends:
             end.close()
@@ -148,9 +165,10 @@ async def served(
         ends.append(ours)
         devices.append(PairDevice(theirs.detach()))
     agreed = agreement(flags)
-    readers = [DeviceChannel(device, agreed.buffer_size, loop) for device in devices]
+    readers = [PairChannel(device, agreed.buffer_size, loop) for device in devices]
     notifier = Notifier(devices[0], agreed)
-    dispatcher = Dispatcher(readers, filesystem, agreed, settings or Settings(), loop, notifier, trace=trace)
+    chosen = replace(settings or Settings(), compiled=compiled.get())
+    dispatcher = Dispatcher(readers, filesystem, agreed, chosen, loop, notifier, trace=trace)
     dispatcher.start()
     kernel = Kernel(ends, devices, dispatcher, notifier)
     try:
@@ -170,16 +188,23 @@ async def served(
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on asyncio's event loop and on uvloop."""
+    """Run an async test on asyncio's event loop and on uvloop, with compiled code serving what it can and without."""
 
     @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+    @pytest.mark.parametrize("with_compiled", [True, False], ids=["compiled", "python"])
     @functools.wraps(test)
-    def run(*arguments: Any, new_loop: Callable[[], asyncio.AbstractEventLoop], **named: Any) -> None:
+    def run(
+        *arguments: Any, new_loop: Callable[[], asyncio.AbstractEventLoop], with_compiled: bool, **named: Any
+    ) -> None:
+        async def scenario() -> None:
+            compiled.set(with_compiled)
+            await asyncio.wait_for(test(*arguments, **named), DEADLINE)
+
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(asyncio.wait_for(test(*arguments, **named), DEADLINE))
+            runner.run(scenario())
 
     own = inspect.signature(test)
-    extra = inspect.Parameter("new_loop", inspect.Parameter.KEYWORD_ONLY)
-    signature = own.replace(parameters=[*own.parameters.values(), extra])
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("new_loop", "with_compiled")]
+    signature = own.replace(parameters=[*own.parameters.values(), *extra])
     run.__signature__ = signature
     return cast("Callable[..., None]", run)
