@@ -1,13 +1,13 @@
 /* The hot path: requests of /dev/fuse that are served without any Python but the file system's handler.
  *
- * FastPath.run reads a request, checks and decodes it, runs the handler's first step and writes the reply, again and
- * again. It knows fixed structures with a name or data behind them, and the common replies. Whatever else there is it
- * leaves to the Python code, which says what is right for all of it: a request that has another form is handed back
- * before anything was done for it; a handler that waits, an error that is no plain OSError, a result that has no simple
- * encoding and a reply that the kernel refused go to the dispatcher.
+ * FastPath.run reads a request, checks and decodes it, runs the first step of its handler and writes the reply, again
+ * and again. It knows requests that are a fixed structure with a name or data behind it, and the common replies. All
+ * else it leaves to the Python code, which says what is right in every case: a request of another form is handed back
+ * before anything was done for it; a handler that waits, an exception that is no plain OSError, a result without a
+ * simple encoding and a reply that the kernel refused go to the dispatcher (fast.FastServer).
  *
- * Layouts come from _structs.cdef: compiled in for replies, as offsets computed by wire.Codec for requests. Nothing of
- * a request is looked at in the buffer once Python code has run: handlers may have it exchanged for another one. */
+ * Layouts come from _structs.cdef: compiled in for replies, as offsets found by wire.Codec for requests. The buffer is
+ * not looked at once Python code has run for its request: a handler may have another one put in its place. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <structmember.h>
@@ -26,10 +26,16 @@
 enum {
     OPCODES = 64,
     MOST_FIELDS = 12,
-    ORIGIN = 5,              /* unique, nodeid, uid, gid, pid */
+    ORIGIN = 5,              /* fields that every operation begins with: unique, nodeid, uid, gid, pid */
     WITHOUT_LOCK = 64 << 10, /* bytes from which on a reply is written with the interpreter lock released */
+    MOST_BYTES = INT32_MAX,  /* of a reply that the request does not bound */
     SECOND = 1000000000,
 };
+
+#define CONSTANTS(X)                                                                            \
+    X(TAIL_NOTHING) X(TAIL_NAME) X(TAIL_DATA)                                                   \
+    X(REPLY_NONE) X(REPLY_EMPTY) X(REPLY_ENTRY) X(REPLY_ATTRIBUTES) X(REPLY_OPENED)             \
+    X(REPLY_CREATED) X(REPLY_COUNT) X(REPLY_DATA) X(REPLY_OTHER)
 
 /* What stands behind the structure of a request, and what is replied. */
 enum tail { TAIL_NOTHING, TAIL_NAME, TAIL_DATA };
@@ -43,82 +49,82 @@ struct place {
 /* How an opcode is served. */
 struct plan {
     PyObject *row, *op_type, *handler; /* NULL: not here */
-    uint16_t size;                     /* of the structure behind the header */
+    uint16_t size;                     /* of the structure */
     uint8_t fields, tail, reply;
-    int8_t asked;                      /* the field that bounds REPLY_DATA; -1: none does */
+    int8_t sized; /* the field with the size of the data that follow, or of the largest REPLY_DATA; -1: there is none */
     struct place places[MOST_FIELDS];
+};
+
+/* A request being served. */
+struct request {
+    struct fuse_in_header header;
+    const struct plan *plan;
+    PyObject *op;
+    uint32_t most; /* bytes of REPLY_DATA */
 };
 
 typedef struct {
     PyObject_HEAD
     int fd;
-    int left;               /* requests until run returns */
-    unsigned int in_place;  /* data of a WRITE above this size are not copied */
-    bool running;           /* run is on the stack */
-    bool reading;           /* without the interpreter lock */
-    bool entered;           /* asyncio.current_task() is `task` */
+    int left;              /* requests until run returns */
+    unsigned int in_place; /* data of a WRITE up to this size are copied */
+    bool running;          /* run is on the stack */
+    bool reading;          /* into the buffer, without the interpreter lock */
+    bool entered;          /* asyncio.current_task() is `task` */
     Py_buffer buffer;
-    PyObject *view;         /* the memoryview of it */
+    PyObject *view;        /* the memoryview of it */
     PyObject *server, *channel, *loop;
-    PyObject *waiting;      /* requests in flight, by their ids */
-    PyObject *task;         /* of first steps, made by server.new_task; a handler that waits keeps it */
+    PyObject *waiting;     /* dict: requests in flight by their ids */
+    PyObject *task;        /* the Running of first steps; a handler that waits keeps it */
     struct plan plans[OPCODES];
 } FastPath;
 
 static PyObject *enter, *leave; /* asyncio.tasks._enter_task, _leave_task */
 
-/* Slots of Python objects */
+/* Slots of Python objects, read where the descriptors of their types say */
 
-enum { ATTR_INO, ATTR_MODE, ATTR_NLINK, ATTR_UID, ATTR_GID, ATTR_SIZE, ATTR_BLOCKS, ATTR_ATIME, ATTR_MTIME, ATTR_CTIME,
-       ATTR_RDEV, ATTR_BLKSIZE, ATTR_FLAGS, MOST_SLOTS };
+enum { INO, MODE, NLINK, UID, GID, SIZE, BLOCKS, ATIME, MTIME, CTIME, RDEV, BLKSIZE, FLAGS, MOST_SLOTS };
 enum { ENTRY_NODEID, ENTRY_ATTRIBUTES, ENTRY_TTL, ENTRY_ATTR_TTL, ENTRY_GENERATION };
 enum { REPLY_ATTRS, REPLY_ATTR_TTL };
 enum { OPENED_FH, OPENED_FLAGS, OPENED_BACKING_ID };
 enum { RUNNING_TOUCHED };
 
 struct layout {
-    const char *name;
-    const char *slots[MOST_SLOTS + 1];
+    const char *module, *name, *slots[MOST_SLOTS + 1];
     PyTypeObject *type;
     Py_ssize_t offsets[MOST_SLOTS];
 };
 
-static struct layout attributes = { "Attributes", { "ino", "mode", "nlink", "uid", "gid", "size", "blocks", "atime",
-                                                    "mtime", "ctime", "rdev", "blksize", "flags" } };
-static struct layout entry = { "Entry", { "nodeid", "attributes", "entry_ttl", "attr_ttl", "generation" } };
-static struct layout attributes_reply = { "AttributesReply", { "attributes", "attr_ttl" } };
-static struct layout opened_file = { "OpenedFile", { "fh", "flags", "backing_id" } };
-static struct layout running = { "Running", { "touched" } };
+static struct layout attributes = { "rawfuse.replies", "Attributes",
+                                    { "ino", "mode", "nlink", "uid", "gid", "size", "blocks", "atime", "mtime",
+                                      "ctime", "rdev", "blksize", "flags" } };
+static struct layout entry = { "rawfuse.replies", "Entry",
+                               { "nodeid", "attributes", "entry_ttl", "attr_ttl", "generation" } };
+static struct layout attributes_reply = { "rawfuse.replies", "AttributesReply", { "attributes", "attr_ttl" } };
+static struct layout opened_file = { "rawfuse.replies", "OpenedFile", { "fh", "flags", "backing_id" } };
+static struct layout running = { "rawfuse.running", "Running", { "touched" } };
 
-/* Where a class with __slots__ keeps one of them in its objects; -1 with an exception when it has no such slot. */
-static Py_ssize_t slot_offset(PyTypeObject *type, const char *name)
+/* False with an exception when the type does not keep all of them in slots. */
+static bool find_layout(struct layout *layout)
 {
-    PyObject *descriptor = PyObject_GetAttrString((PyObject *)type, name);
-    Py_ssize_t offset = -1;
-    if (descriptor == NULL)
-        return -1;
-    if (Py_IS_TYPE(descriptor, &PyMemberDescr_Type) && PyType_IsSubtype(type, PyDescr_TYPE(descriptor)) &&
-        ((PyMemberDescrObject *)descriptor)->d_member->type == T_OBJECT_EX)
-        offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
-    else
-        PyErr_Format(PyExc_TypeError, "%s.%s is no slot", type->tp_name, name);
-    Py_DECREF(descriptor);
-    return offset;
-}
-
-static bool find_layout(struct layout *layout, const char *module_name)
-{
-    PyObject *module = PyImport_ImportModule(module_name);
-    if (module == NULL)
-        return false;
-    layout->type = (PyTypeObject *)PyObject_GetAttrString(module, layout->name);
-    Py_DECREF(module);
-    if (layout->type == NULL)
-        return false;
-    for (int i = 0; layout->slots[i] != NULL; i++)
-        if ((layout->offsets[i] = slot_offset(layout->type, layout->slots[i])) < 0)
+    PyObject *module = PyImport_ImportModule(layout->module), *type = NULL;
+    if (module != NULL)
+        type = PyObject_GetAttrString(module, layout->name);
+    Py_XDECREF(module);
+    layout->type = (PyTypeObject *)type; /* for good */
+    for (int i = 0; type != NULL && layout->slots[i] != NULL; i++) {
+        PyObject *descriptor = PyObject_GetAttrString(type, layout->slots[i]);
+        bool found = descriptor != NULL && Py_IS_TYPE(descriptor, &PyMemberDescr_Type) &&
+                     ((PyMemberDescrObject *)descriptor)->d_member->type == T_OBJECT_EX;
+        if (found)
+            layout->offsets[i] = ((PyMemberDescrObject *)descriptor)->d_member->offset;
+        else if (descriptor != NULL)
+            PyErr_Format(PyExc_TypeError, "%s.%s is no slot", layout->name, layout->slots[i]);
+        Py_XDECREF(descriptor);
+        if (!found)
             return false;
-    return true;
+    }
+    return type != NULL;
 }
 
 /* A borrowed reference; NULL when the slot has been deleted. */
@@ -127,18 +133,17 @@ static inline PyObject *slot(PyObject *object, const struct layout *layout, int 
     return *(PyObject **)((char *)object + layout->offsets[index]);
 }
 
-/* Results to replies. Each returns false, with no exception, for a value that Python code must look at. */
+/* From results to replies. These return false, without an exception, for a value that Python code must look at. */
 
 static bool get_u64(PyObject *object, uint64_t *value)
 {
     if (object == NULL || !PyLong_Check(object))
         return false;
     *value = PyLong_AsUnsignedLongLong(object);
-    if (*value == UINT64_MAX && PyErr_Occurred()) {
-        PyErr_Clear();
-        return false;
-    }
-    return true;
+    if (*value != UINT64_MAX || !PyErr_Occurred())
+        return true;
+    PyErr_Clear();
+    return false;
 }
 
 static bool get_u32(PyObject *object, uint32_t *value)
@@ -155,20 +160,20 @@ static bool get_s64(PyObject *object, int64_t *value)
     if (object == NULL || !PyLong_Check(object))
         return false;
     *value = PyLong_AsLongLong(object);
-    if (*value == -1 && PyErr_Occurred()) {
-        PyErr_Clear();
-        return false;
-    }
-    return true;
+    if (*value != -1 || !PyErr_Occurred())
+        return true;
+    PyErr_Clear();
+    return false;
 }
 
 /* Nanoseconds as seconds, which may be negative, and what is left, which may not. */
 static bool get_time(PyObject *object, uint64_t *seconds, uint32_t *nanoseconds)
 {
-    int64_t total;
+    int64_t total, whole, rest;
     if (!get_s64(object, &total))
         return false;
-    int64_t whole = total / SECOND, rest = total % SECOND;
+    whole = total / SECOND;
+    rest = total % SECOND;
     if (rest < 0) {
         whole--;
         rest += SECOND;
@@ -185,21 +190,16 @@ static bool get_ttl(PyObject *object, uint64_t *seconds, uint32_t *nanoseconds)
 
 static bool get_attributes(PyObject *object, struct fuse_attr *out)
 {
-    if (object == NULL || !Py_IS_TYPE(object, attributes.type))
-        return false;
-    return get_u64(slot(object, &attributes, ATTR_INO), &out->ino) &&
-           get_u64(slot(object, &attributes, ATTR_SIZE), &out->size) &&
-           get_u64(slot(object, &attributes, ATTR_BLOCKS), &out->blocks) &&
-           get_time(slot(object, &attributes, ATTR_ATIME), &out->atime, &out->atimensec) &&
-           get_time(slot(object, &attributes, ATTR_MTIME), &out->mtime, &out->mtimensec) &&
-           get_time(slot(object, &attributes, ATTR_CTIME), &out->ctime, &out->ctimensec) &&
-           get_u32(slot(object, &attributes, ATTR_MODE), &out->mode) &&
-           get_u32(slot(object, &attributes, ATTR_NLINK), &out->nlink) &&
-           get_u32(slot(object, &attributes, ATTR_UID), &out->uid) &&
-           get_u32(slot(object, &attributes, ATTR_GID), &out->gid) &&
-           get_u32(slot(object, &attributes, ATTR_RDEV), &out->rdev) &&
-           get_u32(slot(object, &attributes, ATTR_BLKSIZE), &out->blksize) &&
-           get_u32(slot(object, &attributes, ATTR_FLAGS), &out->flags);
+    const struct layout *a = &attributes;
+    return object != NULL && Py_IS_TYPE(object, a->type) && get_u64(slot(object, a, INO), &out->ino) &&
+           get_u64(slot(object, a, SIZE), &out->size) && get_u64(slot(object, a, BLOCKS), &out->blocks) &&
+           get_time(slot(object, a, ATIME), &out->atime, &out->atimensec) &&
+           get_time(slot(object, a, MTIME), &out->mtime, &out->mtimensec) &&
+           get_time(slot(object, a, CTIME), &out->ctime, &out->ctimensec) &&
+           get_u32(slot(object, a, MODE), &out->mode) && get_u32(slot(object, a, NLINK), &out->nlink) &&
+           get_u32(slot(object, a, UID), &out->uid) && get_u32(slot(object, a, GID), &out->gid) &&
+           get_u32(slot(object, a, RDEV), &out->rdev) && get_u32(slot(object, a, BLKSIZE), &out->blksize) &&
+           get_u32(slot(object, a, FLAGS), &out->flags);
 }
 
 static bool get_entry(PyObject *object, struct fuse_entry_out *out)
@@ -224,19 +224,24 @@ static bool get_attributes_reply(PyObject *object, struct fuse_attr_out *out)
 
 static bool get_opened(PyObject *object, struct fuse_open_out *out)
 {
-    int64_t backing_id;
-    if (!Py_IS_TYPE(object, opened_file.type) || !get_u64(slot(object, &opened_file, OPENED_FH), &out->fh) ||
-        !get_u32(slot(object, &opened_file, OPENED_FLAGS), &out->open_flags) ||
-        !get_s64(slot(object, &opened_file, OPENED_BACKING_ID), &backing_id) || backing_id != (int32_t)backing_id)
-        return false;
+    int64_t backing_id = 0;
+    bool known = Py_IS_TYPE(object, opened_file.type) && get_u64(slot(object, &opened_file, OPENED_FH), &out->fh) &&
+                 get_u32(slot(object, &opened_file, OPENED_FLAGS), &out->open_flags) &&
+                 get_s64(slot(object, &opened_file, OPENED_BACKING_ID), &backing_id);
     out->backing_id = (int32_t)backing_id;
-    return true;
+    return known && out->backing_id == backing_id;
 }
 
 struct created {
     struct fuse_entry_out entry;
     struct fuse_open_out opened;
 };
+
+static bool get_created(PyObject *object, struct created *out)
+{
+    return PyTuple_CheckExact(object) && PyTuple_GET_SIZE(object) == 2 &&
+           get_entry(PyTuple_GET_ITEM(object, 0), &out->entry) && get_opened(PyTuple_GET_ITEM(object, 1), &out->opened);
+}
 
 struct message {
     struct fuse_out_header header;
@@ -249,41 +254,26 @@ struct message {
     };
 };
 
-/* The size of the body, or -1 when Python code must look at the result. */
+/* The size of the body, or -1. */
 static Py_ssize_t encode(enum reply kind, PyObject *result, struct message *message)
 {
-    bool known = false;
-    Py_ssize_t size = 0;
     memset(message, 0, sizeof(*message));
     switch (kind) {
     case REPLY_EMPTY:
         return 0;
     case REPLY_ENTRY:
-        size = sizeof(message->entry);
-        known = get_entry(result, &message->entry);
-        break;
+        return get_entry(result, &message->entry) ? (Py_ssize_t)sizeof(message->entry) : -1;
     case REPLY_ATTRIBUTES:
-        size = sizeof(message->attributes);
-        known = get_attributes_reply(result, &message->attributes);
-        break;
+        return get_attributes_reply(result, &message->attributes) ? (Py_ssize_t)sizeof(message->attributes) : -1;
     case REPLY_OPENED:
-        size = sizeof(message->opened);
-        known = get_opened(result, &message->opened);
-        break;
+        return get_opened(result, &message->opened) ? (Py_ssize_t)sizeof(message->opened) : -1;
     case REPLY_CREATED:
-        size = sizeof(message->created);
-        known = PyTuple_CheckExact(result) && PyTuple_GET_SIZE(result) == 2 &&
-                get_entry(PyTuple_GET_ITEM(result, 0), &message->created.entry) &&
-                get_opened(PyTuple_GET_ITEM(result, 1), &message->created.opened);
-        break;
+        return get_created(result, &message->created) ? (Py_ssize_t)sizeof(message->created) : -1;
     case REPLY_COUNT:
-        size = sizeof(message->count);
-        known = get_u32(result, &message->count.size);
-        break;
+        return get_u32(result, &message->count.size) ? (Py_ssize_t)sizeof(message->count) : -1;
     default:
-        break;
+        return -1;
     }
-    return known ? size : -1;
 }
 
 /* System calls: a length or -errno */
@@ -303,26 +293,26 @@ static long read_request(FastPath *path, long nanoseconds)
             if (n >= 0 || errno != EAGAIN)
                 break;
             clock_gettime(CLOCK_MONOTONIC, &now);
-        } while ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec < nanoseconds);
+        } while ((now.tv_sec - start.tv_sec) * (long)SECOND + now.tv_nsec - start.tv_nsec < nanoseconds);
         Py_END_ALLOW_THREADS
         path->reading = false;
     }
     if (n == 0)
-        return -ENODEV; /* never from a device: a socket at its end */
+        return -ENODEV; /* no device says so, but a socket at its end */
     return n < 0 ? -errno : n;
 }
 
 static long write_message(FastPath *path, uint64_t unique, int error, struct message *message, Py_ssize_t body)
 {
-    Py_ssize_t length = sizeof(message->header) + body;
-    message->header = (struct fuse_out_header){ .len = length, .error = -error, .unique = unique };
-    return write(path->fd, message, length) < 0 ? -errno : 0;
+    ssize_t length = (ssize_t)sizeof(message->header) + body;
+    message->header = (struct fuse_out_header){ .len = (uint32_t)length, .error = -error, .unique = unique };
+    return write(path->fd, message, length) < 0 ? -errno : length;
 }
 
 static long write_data(FastPath *path, uint64_t unique, const Py_buffer *data)
 {
-    struct fuse_out_header header = { .len = sizeof(header) + data->len, .unique = unique };
-    struct iovec parts[2] = { { &header, sizeof(header) }, { data->buf, data->len } };
+    struct fuse_out_header header = { .len = (uint32_t)(sizeof(header) + data->len), .unique = unique };
+    struct iovec parts[2] = { { &header, sizeof(header) }, { data->buf, (size_t)data->len } };
     ssize_t n;
     if (data->len < WITHOUT_LOCK) {
         n = writev(path->fd, parts, 2);
@@ -331,25 +321,25 @@ static long write_data(FastPath *path, uint64_t unique, const Py_buffer *data)
         n = writev(path->fd, parts, 2);
         Py_END_ALLOW_THREADS
     }
-    return n < 0 ? -errno : 0;
+    return n < 0 ? -errno : n;
 }
 
-/* Requests to operations */
+/* From requests to operations */
 
 static PyObject *field(const char *structure, struct place place)
 {
     uint64_t wide;
     uint32_t narrow;
-    if (place.size == sizeof(wide)) {
-        memcpy(&wide, structure + place.offset, sizeof(wide));
-        return PyLong_FromUnsignedLongLong(wide);
+    if (place.size == sizeof(narrow)) {
+        memcpy(&narrow, structure + place.offset, sizeof(narrow));
+        return PyLong_FromUnsignedLong(narrow);
     }
-    memcpy(&narrow, structure + place.offset, sizeof(narrow));
-    return PyLong_FromUnsignedLong(narrow);
+    memcpy(&wide, structure + place.offset, sizeof(wide));
+    return PyLong_FromUnsignedLongLong(wide);
 }
 
-/* The data of a WRITE as decode.write gives them: a small payload is copied, a big one lies in the buffer. */
-static PyObject *payload(FastPath *path, Py_ssize_t start, Py_ssize_t end)
+/* As decode.write: small data are copied, big data lie in the buffer. */
+static PyObject *data_view(FastPath *path, Py_ssize_t start, Py_ssize_t end)
 {
     PyObject *data, *view;
     if (end - start > (Py_ssize_t)path->in_place)
@@ -360,31 +350,38 @@ static PyObject *payload(FastPath *path, Py_ssize_t start, Py_ssize_t end)
     return view;
 }
 
-/* The operation, or NULL when the request does not have exactly the planned form (or memory is short). `asked` gets the
- * number of bytes that the reply may have. */
-static PyObject *decode(FastPath *path, const struct plan *plan, const struct fuse_in_header *in, uint32_t *asked)
+/* Whether the request that stands in the buffer has exactly the planned form. */
+static bool has_form(FastPath *path, struct request *request)
 {
-    PyObject *values[ORIGIN + MOST_FIELDS + 1];
-    PyObject *op = NULL;
-    const char *request = path->buffer.buf;
-    const char *structure = request + sizeof(*in), *rest = structure + plan->size;
-    Py_ssize_t left = (Py_ssize_t)in->len - (Py_ssize_t)sizeof(*in) - plan->size;
+    const struct plan *plan = request->plan;
+    const char *structure = (const char *)path->buffer.buf + sizeof(request->header), *rest = structure + plan->size;
+    Py_ssize_t left = (Py_ssize_t)request->header.len - (Py_ssize_t)sizeof(request->header) - plan->size;
+
+    request->most = MOST_BYTES;
+    if (left < 0)
+        return false;
+    if (plan->sized >= 0)
+        memcpy(&request->most, structure + plan->places[plan->sized].offset, sizeof(request->most));
+    switch (plan->tail) {
+    case TAIL_NAME:
+        return left > 1 && memchr(rest, 0, left) == rest + left - 1;
+    case TAIL_DATA:
+        return left == request->most;
+    default:
+        return left == 0;
+    }
+}
+
+/* The operation; NULL, without an exception, where its id is another's, or memory is short. */
+static PyObject *make_op(FastPath *path, const struct request *request)
+{
+    const struct plan *plan = request->plan;
+    const struct fuse_in_header *in = &request->header;
+    const char *structure = (const char *)path->buffer.buf + sizeof(*in);
+    Py_ssize_t rest = (Py_ssize_t)sizeof(*in) + plan->size;
+    PyObject *values[ORIGIN + MOST_FIELDS + 1], *op = NULL;
     int count = 0;
 
-    if (left < 0)
-        return NULL;
-    if (plan->tail == TAIL_NOTHING && left != 0)
-        return NULL;
-    if (plan->tail == TAIL_NAME && (left < 2 || memchr(rest, 0, left) != rest + left - 1))
-        return NULL;
-    if (plan->tail == TAIL_DATA) {
-        uint32_t announced;
-        memcpy(&announced, structure + plan->places[plan->asked].offset, sizeof(announced));
-        if (announced != left)
-            return NULL;
-    } else if (plan->asked >= 0) {
-        memcpy(asked, structure + plan->places[plan->asked].offset, sizeof(*asked));
-    }
     values[count++] = PyLong_FromUnsignedLongLong(in->unique);
     values[count++] = PyLong_FromUnsignedLongLong(in->nodeid);
     values[count++] = PyLong_FromUnsignedLong(in->uid);
@@ -393,10 +390,9 @@ static PyObject *decode(FastPath *path, const struct plan *plan, const struct fu
     for (int i = 0; i < plan->fields; i++)
         values[count++] = field(structure, plan->places[i]);
     if (plan->tail == TAIL_NAME)
-        values[count++] = PyBytes_FromStringAndSize(rest, left - 1);
+        values[count++] = PyBytes_FromStringAndSize(structure + plan->size, in->len - rest - 1);
     else if (plan->tail == TAIL_DATA)
-        values[count++] = payload(path, rest - request, in->len);
-
+        values[count++] = data_view(path, rest, in->len);
     if (!PyErr_Occurred() && (PyDict_GET_SIZE(path->waiting) == 0 || plan->reply == REPLY_NONE ||
                               PyDict_Contains(path->waiting, values[0]) == 0))
         op = PyObject_Vectorcall(plan->op_type, values, count, NULL);
@@ -415,19 +411,38 @@ static int call(PyObject *function, PyObject *first, PyObject *second)
     return done == NULL ? -1 : 0;
 }
 
-/* server.method(channel, ...) */
-static int tell(FastPath *path, const char *method, const char *format, ...)
+/* server.method(channel, row, op, ...) */
+static int tell(FastPath *path, const struct request *request, const char *method, const char *format, ...)
 {
-    PyObject *function = PyObject_GetAttrString(path->server, method), *arguments = NULL, *done = NULL;
+    PyObject *first = Py_BuildValue("(OOO)", path->channel, request->plan->row, request->op);
+    PyObject *rest = NULL, *all = NULL, *function = NULL, *done = NULL;
     va_list values;
     va_start(values, format);
-    if (function != NULL && (arguments = Py_VaBuildValue(format, values)) != NULL)
-        done = PyObject_CallObject(function, arguments);
+    if (first != NULL && (rest = Py_VaBuildValue(format, values)) != NULL &&
+        (all = PySequence_Concat(first, rest)) != NULL &&
+        (function = PyObject_GetAttrString(path->server, method)) != NULL)
+        done = PyObject_CallObject(function, all);
     va_end(values);
+    Py_XDECREF(first);
+    Py_XDECREF(rest);
+    Py_XDECREF(all);
     Py_XDECREF(function);
-    Py_XDECREF(arguments);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
+}
+
+static int enter_task(FastPath *path)
+{
+    if (path->entered)
+        return 0;
+    if (path->task == NULL && (path->task = PyObject_CallMethod(path->server, "new_task", NULL)) == NULL)
+        return -1;
+    if (!Py_IS_TYPE(path->task, running.type)) {
+        PyErr_SetString(PyExc_TypeError, "new_task made no Running");
+        return -1;
+    }
+    path->entered = call(enter, path->loop, path->task) == 0;
+    return path->entered ? 0 : -1;
 }
 
 static int leave_task(FastPath *path)
@@ -438,28 +453,12 @@ static int leave_task(FastPath *path)
     return call(leave, path->loop, path->task);
 }
 
-static int enter_task(FastPath *path)
-{
-    if (path->entered)
-        return 0;
-    if (path->task == NULL) {
-        path->task = PyObject_CallMethod(path->server, "new_task", NULL);
-        if (path->task == NULL)
-            return -1;
-        if (!Py_IS_TYPE(path->task, running.type)) {
-            PyErr_SetString(PyExc_TypeError, "new_task made no Running");
-            return -1;
-        }
-    }
-    path->entered = call(enter, path->loop, path->task) == 0;
-    return path->entered ? 0 : -1;
-}
-
-/* A task that somebody has kept or cancelled belongs to the handler that is finished now; the next one gets another. */
+/* A task that somebody has kept or cancelled belongs to the handler that has finished; the next one gets another. */
 static int part_with_task(FastPath *path)
 {
     PyObject *done;
-    if (Py_REFCNT(path->task) <= 1 + path->entered && slot(path->task, &running, RUNNING_TOUCHED) == Py_False)
+    if (path->task == NULL ||
+        (Py_REFCNT(path->task) <= 1 + path->entered && slot(path->task, &running, RUNNING_TOUCHED) == Py_False))
         return 0;
     if (leave_task(path) < 0)
         return -1;
@@ -469,53 +468,48 @@ static int part_with_task(FastPath *path)
     return done == NULL ? -1 : 0;
 }
 
-/* Handlers and replies */
-
-static int reply(FastPath *path, const struct plan *plan, uint64_t unique, PyObject *op, uint32_t asked,
-                 PyObject *result)
+static int reply(FastPath *path, const struct request *request, PyObject *result)
 {
     struct message message;
     Py_buffer data;
-    long sent = 1;
+    long sent = 0;
 
-    if (plan->reply == REPLY_NONE)
+    if (request->plan->reply == REPLY_NONE)
         return 0;
-    if (plan->reply != REPLY_DATA) {
-        Py_ssize_t size = encode(plan->reply, result, &message);
+    if (request->plan->reply != REPLY_DATA) {
+        Py_ssize_t size = encode(request->plan->reply, result, &message);
         if (size >= 0)
-            sent = write_message(path, unique, 0, &message, size);
+            sent = write_message(path, request->header.unique, 0, &message, size);
     } else if (PyBytes_CheckExact(result) || PyByteArray_CheckExact(result) || PyMemoryView_Check(result)) {
         if (PyObject_GetBuffer(result, &data, PyBUF_SIMPLE) == 0) {
-            if (data.len <= asked)
-                sent = write_data(path, unique, &data);
+            if ((uint64_t)data.len <= request->most && data.len <= MOST_BYTES)
+                sent = write_data(path, request->header.unique, &data);
             PyBuffer_Release(&data);
         }
         PyErr_Clear();
     }
-    if (sent == 0)
-        return 0;
     if (sent > 0)
-        return tell(path, "answered", "OOOO", path->channel, plan->row, op, result);
-    return tell(path, "refused", "OOOOl", path->channel, plan->row, op, result, sent);
+        return 0;
+    return sent == 0 ? tell(path, request, "answered", "(O)", result)
+                     : tell(path, request, "refused", "(Ol)", result, sent);
 }
 
-/* The errno of an OSError that is replied as it is, else 0. */
+/* The errno of an OSError that is replied as it is; 0 for others (dispatcher._reply_failure). */
 static int plain_errno(PyObject *failure)
 {
     PyObject *number;
     long code = 0;
-    if (!PyObject_TypeCheck(failure, (PyTypeObject *)PyExc_OSError))
+    if (failure == NULL || !PyObject_TypeCheck(failure, (PyTypeObject *)PyExc_OSError))
         return 0;
     number = PyObject_GetAttrString(failure, "errno");
     if (number != NULL && PyLong_CheckExact(number))
         code = PyLong_AsLong(number);
     Py_XDECREF(number);
-    if (PyErr_Occurred())
-        PyErr_Clear();
+    PyErr_Clear();
     return code > 0 && code <= FUSE_MAX_ERRNO && code != ENOSYS ? (int)code : 0;
 }
 
-static int reply_failure(FastPath *path, const struct plan *plan, uint64_t unique, PyObject *op)
+static int reply_failure(FastPath *path, const struct request *request)
 {
     PyObject *type, *failure, *traceback;
     struct message message;
@@ -523,13 +517,13 @@ static int reply_failure(FastPath *path, const struct plan *plan, uint64_t uniqu
 
     PyErr_Fetch(&type, &failure, &traceback);
     PyErr_NormalizeException(&type, &failure, &traceback);
-    code = plan->reply == REPLY_NONE ? 0 : plain_errno(failure);
+    code = request->plan->reply == REPLY_NONE ? 0 : plain_errno(failure);
     if (code != 0) {
-        write_message(path, unique, code, &message, 0);
+        write_message(path, request->header.unique, code, &message, 0);
     } else {
         if (traceback != NULL)
             PyException_SetTraceback(failure, traceback);
-        done = tell(path, "failed", "OOOO", path->channel, plan->row, op, failure);
+        done = tell(path, request, "failed", "(O)", failure);
     }
     Py_XDECREF(type);
     Py_XDECREF(failure);
@@ -537,90 +531,80 @@ static int reply_failure(FastPath *path, const struct plan *plan, uint64_t uniqu
     return done;
 }
 
-/* A coroutine waits: the dispatcher takes it and its task over. */
-static int suspend(FastPath *path, const struct plan *plan, PyObject *op, uint32_t length, PyObject *coroutine,
-                   PyObject *yielded, PyObject *context)
+/* The dispatcher takes over a coroutine that waits, and its task. */
+static int suspend(FastPath *path, const struct request *request, PyObject *coroutine, PyObject *yielded,
+                   PyObject *context)
 {
-    if (leave_task(path) < 0)
-        return -1;
     PyObject *task = path->task;
+    int done = leave_task(path);
     path->task = NULL;
-    int done = tell(path, "suspended", "OOOkOOOO", path->channel, plan->row, op, (unsigned long)length, coroutine,
-                    yielded, context, task);
+    if (done == 0)
+        done = tell(path, request, "suspended", "(kOOOO)", (unsigned long)request->header.len, coroutine, yielded,
+                    context, task);
     Py_DECREF(task);
     return done;
 }
 
-/* Start the handler, and reply if it does not wait. */
-static int start(FastPath *path, const struct plan *plan, const struct fuse_in_header *in, PyObject *op,
-                 uint32_t asked)
+/* The first step of a handler, in a context of its own. */
+static int step(FastPath *path, const struct request *request, PyObject *coroutine)
 {
-    PyObject *context, *coroutine, *result = NULL;
+    PyObject *context = PyContext_CopyCurrent(), *result = NULL;
     PySendResult state;
     int done;
 
-    if (enter_task(path) < 0)
-        return -1;
-    coroutine = PyObject_CallOneArg(plan->handler, op);
-    if (coroutine == NULL)
-        return reply_failure(path, plan, in->unique, op);
-    if (!PyCoro_CheckExact(coroutine)) {
-        done = leave_task(path);
-        if (done == 0)
-            done = tell(path, "made", "OOOkO", path->channel, plan->row, op, (unsigned long)in->len, coroutine);
-        Py_DECREF(coroutine);
-        return done;
-    }
-    context = PyContext_CopyCurrent();
     if (context == NULL || PyContext_Enter(context) < 0) {
         Py_XDECREF(context);
-        Py_DECREF(coroutine);
         return -1;
     }
     state = PyIter_Send(coroutine, Py_None, &result);
     if (PyContext_Exit(context) < 0)
         state = PYGEN_ERROR;
     if (state == PYGEN_RETURN)
-        done = reply(path, plan, in->unique, op, asked, result);
-    else if (state == PYGEN_ERROR)
-        done = reply_failure(path, plan, in->unique, op);
+        done = reply(path, request, result);
+    else if (state == PYGEN_NEXT)
+        done = suspend(path, request, coroutine, result, context);
     else
-        done = suspend(path, plan, op, in->len, coroutine, result, context);
+        done = reply_failure(path, request);
     Py_XDECREF(result);
     Py_DECREF(context);
-    Py_DECREF(coroutine);
     return done;
 }
 
 /* 1: served; 0: a request for Python code; -1: an exception. */
 static int serve(FastPath *path, long length)
 {
-    struct fuse_in_header in;
-    const struct plan *plan;
-    uint32_t asked = INT32_MAX;
-    PyObject *op;
+    struct request request;
+    const struct fuse_in_header *in = &request.header;
+    PyObject *coroutine;
     int done;
 
-    if (length < (long)sizeof(in))
+    if (length < (long)sizeof(*in))
         return 0;
-    memcpy(&in, path->buffer.buf, sizeof(in));
-    if (in.len != (unsigned long)length || in.total_extlen != 0 || in.opcode >= OPCODES)
+    memcpy(&request.header, path->buffer.buf, sizeof(*in));
+    if (in->len != (unsigned long)length || in->total_extlen != 0 || in->opcode >= OPCODES)
         return 0;
-    plan = &path->plans[in.opcode];
-    if (plan->handler == NULL || (op = decode(path, plan, &in, &asked)) == NULL)
+    request.plan = &path->plans[in->opcode];
+    if (request.plan->handler == NULL || !has_form(path, &request) ||
+        (request.op = make_op(path, &request)) == NULL)
         return 0;
-    done = start(path, plan, &in, op, asked);
-    Py_DECREF(op);
-    if (done == 0 && path->task != NULL)
+    done = enter_task(path);
+    if (done == 0) {
+        coroutine = PyObject_CallOneArg(request.plan->handler, request.op);
+        if (coroutine == NULL)
+            done = reply_failure(path, &request);
+        else if (PyCoro_CheckExact(coroutine))
+            done = step(path, &request, coroutine);
+        else if ((done = leave_task(path)) == 0)
+            done = tell(path, &request, "made", "(kO)", (unsigned long)length, coroutine);
+        Py_XDECREF(coroutine);
+    }
+    Py_DECREF(request.op);
+    if (done == 0)
         done = part_with_task(path);
     return done < 0 ? -1 : 1;
 }
 
-/* The type */
-
-PyDoc_STRVAR(run_doc, "run(nanoseconds) -> int\n\n"
-"Serve what comes, at most `left` requests. Returns the length of a request that stands in the buffer and must be\n"
-"served by Python code, 0 when none is left, or -errno of the read: EAGAIN when nothing came for so long.");
+/* The type; its methods are described in _fast.pyi. */
 
 static PyObject *path_run(FastPath *path, PyObject *argument)
 {
@@ -629,19 +613,16 @@ static PyObject *path_run(FastPath *path, PyObject *argument)
 
     if (nanoseconds == -1 && PyErr_Occurred())
         return NULL;
-    if (path->running || path->view == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, path->running ? "run is running already" : "no buffer to read into");
-        return NULL;
-    }
+    if (path->running || path->view == NULL)
+        return PyErr_Format(PyExc_RuntimeError, path->running ? "run is running" : "there is no buffer");
     path->running = true;
     while (served == 1 && path->left > 0) {
         path->left--;
         length = read_request(path, PyDict_GET_SIZE(path->waiting) == 0 ? nanoseconds : 0);
-        if (length == -EINTR || length == -ENOENT)
-            continue;
-        if (length <= 0)
+        if (length > 0)
+            served = serve(path, length);
+        else if (length != -EINTR && length != -ENOENT)
             break;
-        served = serve(path, length);
     }
     if (leave_task(path) < 0)
         served = -1;
@@ -650,8 +631,6 @@ static PyObject *path_run(FastPath *path, PyObject *argument)
         return NULL;
     return PyLong_FromLong(served == 1 && length > 0 ? 0 : length);
 }
-
-PyDoc_STRVAR(use_doc, "use(buffer)\n\nRead requests into the memory of this RequestBuffer from now on.");
 
 static PyObject *path_use(FastPath *path, PyObject *request_buffer)
 {
@@ -663,10 +642,9 @@ static PyObject *path_use(FastPath *path, PyObject *request_buffer)
         return NULL;
     }
     if (path->reading) {
-        PyErr_SetString(PyExc_RuntimeError, "the buffer is in use");
         PyBuffer_Release(&buffer);
         Py_DECREF(view);
-        return NULL;
+        return PyErr_Format(PyExc_RuntimeError, "the buffer is in use");
     }
     if (path->view != NULL)
         PyBuffer_Release(&path->buffer);
@@ -675,40 +653,32 @@ static PyObject *path_use(FastPath *path, PyObject *request_buffer)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(add_doc, "add(opcode, row, op_type, handler, size, places, tail, reply, asked)\n\n"
-"Serve an opcode. Its request has a structure of `size` bytes with fields at `places`, (offset, size) each, and\n"
-"`tail` behind it; `asked` is the field that bounds the reply (or the data), -1 for none.");
-
 static PyObject *path_add(FastPath *path, PyObject *arguments)
 {
     struct plan plan = { 0 };
     PyObject *places;
-    int opcode, size, tail, reply, asked;
+    int opcode, size, tail, reply, sized;
 
     if (!PyArg_ParseTuple(arguments, "iOOOiO!iii", &opcode, &plan.row, &plan.op_type, &plan.handler, &size,
-                          &PyTuple_Type, &places, &tail, &reply, &asked))
+                          &PyTuple_Type, &places, &tail, &reply, &sized))
         return NULL;
-    plan.fields = (uint8_t)PyTuple_GET_SIZE(places);
     if (opcode < 0 || opcode >= OPCODES || path->plans[opcode].row != NULL || size < 0 || size > UINT16_MAX ||
         PyTuple_GET_SIZE(places) > MOST_FIELDS || tail < 0 || tail > TAIL_DATA || reply < 0 || reply > REPLY_OTHER ||
-        asked < -1 || asked >= plan.fields || (tail == TAIL_DATA && asked < 0)) {
-        PyErr_Format(PyExc_ValueError, "opcode %d cannot be served like this", opcode);
-        return NULL;
-    }
+        sized < -1 || sized >= PyTuple_GET_SIZE(places) || (tail == TAIL_DATA && sized < 0))
+        return PyErr_Format(PyExc_ValueError, "opcode %d cannot be served like this", opcode);
+    plan.size = (uint16_t)size;
+    plan.fields = (uint8_t)PyTuple_GET_SIZE(places);
+    plan.tail = (uint8_t)tail;
+    plan.reply = (uint8_t)reply;
+    plan.sized = (int8_t)sized;
     for (int i = 0; i < plan.fields; i++) {
         struct place *place = &plan.places[i];
         if (!PyArg_ParseTuple(PyTuple_GET_ITEM(places, i), "HH", &place->offset, &place->size))
             return NULL;
         if ((place->size != 4 && place->size != 8) || place->offset + place->size > size ||
-            (i == asked && place->size != 4)) {
-            PyErr_Format(PyExc_ValueError, "opcode %d: field %d is no integer of the structure", opcode, i);
-            return NULL;
-        }
+            (i == sized && place->size != 4))
+            return PyErr_Format(PyExc_ValueError, "opcode %d: field %d is no integer of the structure", opcode, i);
     }
-    plan.size = (uint16_t)size;
-    plan.tail = (uint8_t)tail;
-    plan.reply = (uint8_t)reply;
-    plan.asked = (int8_t)asked;
     Py_INCREF(plan.row);
     Py_INCREF(plan.op_type);
     Py_INCREF(plan.handler);
@@ -720,14 +690,13 @@ static PyObject *path_new(PyTypeObject *type, PyObject *arguments, PyObject *nam
 {
     static char *names[] = { "fd", "server", "channel", "loop", "waiting", "in_place", NULL };
     PyObject *server, *channel, *loop, *waiting;
+    FastPath *path;
     unsigned int in_place;
     int fd;
 
     if (!PyArg_ParseTupleAndKeywords(arguments, named, "iOOOO!I", names, &fd, &server, &channel, &loop, &PyDict_Type,
-                                     &waiting, &in_place))
-        return NULL;
-    FastPath *path = (FastPath *)type->tp_alloc(type, 0);
-    if (path == NULL)
+                                     &waiting, &in_place) ||
+        (path = (FastPath *)type->tp_alloc(type, 0)) == NULL)
         return NULL;
     path->fd = fd;
     path->in_place = in_place;
@@ -756,10 +725,9 @@ static int path_traverse(FastPath *path, visitproc visit, void *arg)
 
 static int path_clear(FastPath *path)
 {
-    path->left = 0;
     if (path->view != NULL)
         PyBuffer_Release(&path->buffer);
-    Py_CLEAR(path->view);
+    Py_CLEAR(path->view); /* run refuses from now on */
     Py_CLEAR(path->server);
     Py_CLEAR(path->channel);
     Py_CLEAR(path->loop);
@@ -781,21 +749,20 @@ static void path_dealloc(FastPath *path)
 }
 
 static PyMethodDef path_methods[] = {
-    { "add", (PyCFunction)path_add, METH_VARARGS, add_doc },
-    { "run", (PyCFunction)path_run, METH_O, run_doc },
-    { "use", (PyCFunction)path_use, METH_O, use_doc },
-    { NULL },
+    { "add", (PyCFunction)path_add, METH_VARARGS, NULL },
+    { "run", (PyCFunction)path_run, METH_O, NULL },
+    { "use", (PyCFunction)path_use, METH_O, NULL },
+    { NULL, NULL, 0, NULL },
 };
 
 static PyMemberDef path_members[] = {
-    { "left", T_INT, offsetof(FastPath, left), 0, "requests until run returns" },
-    { NULL },
+    { "left", T_INT, offsetof(FastPath, left), 0, NULL },
+    { NULL, 0, 0, 0, NULL },
 };
 
 static PyTypeObject path_type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "rawfuse._fast.FastPath",
-    .tp_doc = "Serves the common requests of one descriptor.",
     .tp_basicsize = sizeof(FastPath),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .tp_new = path_new,
@@ -806,39 +773,25 @@ static PyTypeObject path_type = {
     .tp_members = path_members,
 };
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT,
-    .m_name = "rawfuse._fast",
-    .m_doc = "The hot path of rawfuse, compiled.",
-    .m_size = -1,
-};
+static struct PyModuleDef definition = { PyModuleDef_HEAD_INIT, .m_name = "rawfuse._fast", .m_size = -1 };
 
 PyMODINIT_FUNC PyInit__fast(void)
 {
-    static const struct {
-        const char *name;
-        int value;
-    } constants[] = {
-        { "TAIL_NOTHING", TAIL_NOTHING }, { "TAIL_NAME", TAIL_NAME },         { "TAIL_DATA", TAIL_DATA },
-        { "REPLY_NONE", REPLY_NONE },     { "REPLY_EMPTY", REPLY_EMPTY },     { "REPLY_ENTRY", REPLY_ENTRY },
-        { "REPLY_OPENED", REPLY_OPENED }, { "REPLY_CREATED", REPLY_CREATED }, { "REPLY_ATTRIBUTES", REPLY_ATTRIBUTES },
-        { "REPLY_COUNT", REPLY_COUNT },   { "REPLY_DATA", REPLY_DATA },       { "REPLY_OTHER", REPLY_OTHER },
-    };
     PyObject *module, *tasks = PyImport_ImportModule("asyncio.tasks");
+    bool complete = true;
     if (tasks == NULL)
         return NULL;
     enter = PyObject_GetAttrString(tasks, "_enter_task");
     leave = PyObject_GetAttrString(tasks, "_leave_task");
     Py_DECREF(tasks);
-    if (enter == NULL || leave == NULL || !find_layout(&attributes, "rawfuse.replies") ||
-        !find_layout(&entry, "rawfuse.replies") || !find_layout(&attributes_reply, "rawfuse.replies") ||
-        !find_layout(&opened_file, "rawfuse.replies") || !find_layout(&running, "rawfuse.running") ||
+    if (enter == NULL || leave == NULL || !find_layout(&attributes) || !find_layout(&entry) ||
+        !find_layout(&attributes_reply) || !find_layout(&opened_file) || !find_layout(&running) ||
         (module = PyModule_Create(&definition)) == NULL)
         return NULL;
-    for (size_t i = 0; i < sizeof(constants) / sizeof(*constants); i++)
-        if (PyModule_AddIntConstant(module, constants[i].name, constants[i].value) < 0)
-            return NULL;
-    if (PyModule_AddType(module, &path_type) < 0)
-        return NULL;
-    return module;
+#define ADD(name) complete = complete && PyModule_AddIntConstant(module, #name, name) == 0;
+    CONSTANTS(ADD)
+    if (complete && PyModule_AddType(module, &path_type) == 0)
+        return module;
+    Py_DECREF(module);
+    return NULL;
 }

@@ -47,12 +47,12 @@ class FastPath:
         places: tuple[tuple[int, int], ...],
         tail: int,
         reply: int,
-        asked: int,
+        sized: int,
         /,
     ) -> None:
         """Serve an opcode. Its request has a structure of ``size`` bytes with fields at ``places``, (offset, size)
-        each, and ``tail`` behind it; ``asked`` is the field that bounds the reply (or tells the size of the data), -1
-        for none."""
+        each, and ``tail`` behind it; field ``sized`` tells the size of the data, or of the largest reply; -1: none
+        does."""
 
     def use(self, buffer: RequestBuffer, /) -> None:
         """Read requests into this buffer from now on."""

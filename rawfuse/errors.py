@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from errno import errorcode
+
+_TEXTS = {number: os.strerror(number) for number in errorcode}
+"""strerror(3) takes longer than all the rest of raising an error."""
 
 
 class FuseError(OSError):
     """Raised by a handler to answer with an errno; any other ``OSError`` with an errno does the same."""
 
     def __init__(self, errno: int, message: str = "") -> None:
-        super().__init__(errno, message or os.strerror(errno))
+        super().__init__(errno, message or _TEXTS.get(errno) or os.strerror(errno))
 
 
 class ProtocolError(Exception):

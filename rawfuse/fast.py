@@ -90,9 +90,9 @@ def fast_path(
             continue
         places = shape.codec.places if shape.codec is not None else []
         size = shape.codec.size if shape.codec is not None else 0
-        asked = -1
+        sized = -1
         if shape.codec is not None and (row.encode is encode.read_data or shape.tail is Tail.DATA):
-            asked = shape.codec.fields.index("size")
+            sized = shape.codec.fields.index("size")
         reply = _REPLIES.get(row.encode, REPLY_OTHER)
-        path.add(opcode, row, shape.op_type, row.handler, size, tuple(places), _TAILS[shape.tail], reply, asked)
+        path.add(opcode, row, shape.op_type, row.handler, size, tuple(places), _TAILS[shape.tail], reply, sized)
     return path
