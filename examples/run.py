@@ -6,14 +6,13 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO, get_args
+from typing import get_args
 
 import uvloop
 
-from rawfuse import FileSystem, FuseError, MountOptions, Session, Settings
+from rawfuse import FileSystem, MountOptions, Session, Settings, serve
 from rawfuse.negotiate import TransportName
 
 
@@ -39,28 +38,8 @@ def main(
     try:
         with asyncio.Runner(loop_factory=None if arguments.asyncio else uvloop.new_event_loop) as runner:
             settings = Settings(transport=arguments.transport)
-            runner.run(_serve(make(arguments), name, arguments.mountpoint, settings, trace))
+            options = MountOptions(source=name, subtype=name, allow_other=os.geteuid() == 0)
+            session = Session(make(arguments), arguments.mountpoint, options, settings=settings, trace=trace)
+            runner.run(serve(session))
     except OSError as error:
         sys.exit(f"{name}: {error.strerror or error}")
-
-
-async def _serve(filesystem: FileSystem, name: str, mountpoint: str, settings: Settings, trace: TextIO | None) -> None:
-    options = MountOptions(source=name, subtype=name, allow_other=os.geteuid() == 0)
-    session = Session(filesystem, mountpoint, options, settings=settings, trace=trace)
-    told_to_stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_stop.set)
-    await session.mount()
-    stopping = loop.create_task(_stop(session, told_to_stop))
-    await session.serve()
-    stopping.cancel()
-
-
-async def _stop(session: Session, told_to: asyncio.Event) -> None:
-    """Unmount; where files are open, end the connection and have them fail."""
-    await told_to.wait()
-    try:
-        await session.unmount()
-    except FuseError:
-        await session.unmount(lazy=True)

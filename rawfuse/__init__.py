@@ -19,6 +19,7 @@ from rawfuse.replies import (
     IoctlResult,
     OpenedFile,
 )
+from rawfuse.serving import run, serve
 from rawfuse.session import Session
 
 __all__ = [
@@ -44,4 +45,6 @@ __all__ = [
     "SetAttrFlag",
     "Settings",
     "ops",
+    "run",
+    "serve",
 ]

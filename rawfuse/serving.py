@@ -1,0 +1,50 @@
+"""The life of a program that serves one file system: mount, serve, and unmount when it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TextIO
+
+from rawfuse.errors import FuseError
+from rawfuse.filesystem import FileSystem
+from rawfuse.mount import MountOptions
+from rawfuse.negotiate import Settings
+from rawfuse.session import Session
+
+
+def run(
+    filesystem: FileSystem,
+    mountpoint: str,
+    options: MountOptions | None = None,
+    *,
+    settings: Settings | None = None,
+    trace: TextIO | None = None,
+) -> None:
+    """Mount and serve, on uvloop, until it is unmounted; SIGTERM and SIGINT unmount it. ``OSError`` with a text that
+    says why it cannot be mounted."""
+    import uvloop  # not before: who brings an event loop of his own does not need it
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(Session(filesystem, mountpoint, options, settings=settings, trace=trace)))
+
+
+async def serve(session: Session) -> None:
+    """Mount and serve until it is unmounted. SIGTERM and SIGINT unmount it; programs that have files open then get
+    ENOTCONN from there on."""
+    told_to_end = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_end.set)
+    await session.mount()
+    unmounting = loop.create_task(_unmount(session, told_to_end))
+    await session.serve()
+    unmounting.cancel()
+
+
+async def _unmount(session: Session, told_to_end: asyncio.Event) -> None:
+    await told_to_end.wait()
+    try:
+        await session.unmount()
+    except FuseError:
+        await session.unmount(lazy=True)
