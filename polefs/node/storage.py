@@ -85,7 +85,8 @@ async def open_objects(volume: Volume) -> ObjectStore:
 
         return DirectoryStore(volume.objects)
     from polefs.objects.marker import check
-    from polefs.objects.s3 import DEADLINE, S3Store
+    from polefs.objects.s3 import S3Store
+    from polefs.objects.s3operate import DEADLINE
 
     try:
         store = await S3Store.open(location, deadline=OPEN_SECONDS)

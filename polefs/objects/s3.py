@@ -7,41 +7,20 @@ it is tried again with growing, random pauses when the server cannot serve it or
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
-import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeVar
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from polefs.objects.base import UNLIMITED, ObjectInfo, Space
 from polefs.objects.location import S3Location
-from polefs.objects.s3errors import AnswerError, StoreError, explain, is_transient
+from polefs.objects.s3errors import AnswerError, StoreError, explain
 from polefs.objects.s3http import CONNECT_SECONDS, SILENCE_SECONDS, Buffer, Plane, checksum_of
+from polefs.objects.s3multipart import MULTIPART_ABOVE, MultipartPut
+from polefs.objects.s3operate import DEADLINE, Operator
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
-
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-DEADLINE: Final = 60.0
-"""Of an operation, seconds; transfers have a second more for each 64 KiB."""
-
-_ATTEMPT_SECONDS: Final = 20.0
-"""Of one attempt, with the same addition: a connection that trickles is given up for another."""
-
-_RATE_MIN: Final = 64 << 10
-"""Bytes a second; what is slower than this is given up."""
-
-_PAUSE_MAX: Final = 5.0
-"""Between two attempts, seconds."""
-
-_TROUBLE_SECONDS: Final = 3.0
-"""Of failing, after which the log tells of it."""
 
 _DELETE_MAX: Final = 1000
 """Keys in one request (S3 DeleteObjects)."""
@@ -49,9 +28,7 @@ _DELETE_MAX: Final = 1000
 
 class S3Store:
     """``ObjectStore`` over a prefix of a bucket. Failures that waiting cannot mend are raised at once, all others when
-    the deadline has passed, with the last reason: FileNotFoundError, FileExistsError, else ``StoreError``.
-
-    ``deadline`` may be changed at any time; it counts for operations that begin later."""
+    the deadline has passed, with the last reason: FileNotFoundError, FileExistsError, else ``StoreError``."""
 
     def __init__(
         self,
@@ -63,17 +40,19 @@ class S3Store:
     ) -> None:
         """For ``open``."""
         self.location = location
-        self.deadline = deadline
         self._client = client
         self._plane = plane
         self._resources = resources
-        self._troubled = False
-        self._retrying = AsyncRetrying(
-            retry=retry_if_exception(is_transient),
-            wait=wait_random_exponential(multiplier=0.1, max=_PAUSE_MAX),
-            before_sleep=self._note_trouble,
-            reraise=True,
-        )
+        self._operator = Operator(location.url, deadline)
+
+    @property
+    def deadline(self) -> float:
+        """Of an operation, seconds. May be changed at any time; it counts for those that begin later."""
+        return self._operator.deadline
+
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
+        self._operator.deadline = seconds
 
     @classmethod
     async def open(cls, location: S3Location, *, deadline: float = DEADLINE, connections: int = 64) -> S3Store:
@@ -118,22 +97,22 @@ class S3Store:
         """When the key exists with the same bytes, that is a success: an earlier attempt's answer was lost.
         FileExistsError when it holds others, and the server tells."""
         size = sum(map(len, parts))
-        checksum = await checksum_of(parts, size)
-        if not await self._put(key, parts, size, checksum, conditional=self.location.conditional_put):
-            await self._compare(key, parts, size, checksum)
+        send = self._put_in_parts if size > MULTIPART_ABOVE else self._put
+        if not await send(key, parts, size, conditional=self.location.conditional_put):
+            await self._compare(key, parts, size)
 
     async def probe_conditional_put(self, key: str, body: bytes) -> bool:
         """Write an object, and find out whether the server then refuses to write it again."""
-        parts, size, checksum = [body], len(body), await checksum_of([body], len(body))
+        parts, size = [body], len(body)
         try:
-            await self._put(key, parts, size, checksum, conditional=True)
+            await self._put(key, parts, size, conditional=True)
         except StoreError as error:
             # A server that does not know the header either passes over it or refuses the request.
             if error.errno not in (errno.EOPNOTSUPP, errno.EIO) or error.transient:
                 raise
-            await self._put(key, parts, size, checksum, conditional=False)
+            await self._put(key, parts, size, conditional=False)
             return False
-        return not await self._put(key, parts, size, checksum, conditional=True)
+        return not await self._put(key, parts, size, conditional=True)
 
     async def adopt(self, key: str, path: str) -> bool:
         return False
@@ -150,7 +129,7 @@ class S3Store:
                 raise StoreError(errno.EOPNOTSUPP, f"{self._url(key)}: the server does not know ranged GETs")
             return answer.body
 
-        data = await self._operate(attempt, key, length)
+        data = await self._operator.run(attempt, self._url(key), length)
         if len(data) != length:
             raise StoreError(errno.EIO, f"{self._url(key)}: the object is shorter than its metadata says")
         return data
@@ -165,7 +144,7 @@ class S3Store:
         async def attempt() -> bytes:
             return (await self._plane.request("GET", name, {}, limit=limit)).body
 
-        return await self._operate(attempt, key, limit)
+        return await self._operator.run(attempt, self._url(key), limit)
 
     async def delete(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETE_MAX):
@@ -190,7 +169,7 @@ class S3Store:
                 ]
                 return found, page.get("NextContinuationToken")
 
-            found, token = await self._operate(attempt, prefix)
+            found, token = await self._operator.run(attempt, self._url(prefix))
             for info in found:
                 yield info
             if token is None:
@@ -213,12 +192,12 @@ class S3Store:
                     text = f"{self._url(failed.get('Key', ''))}: {failed.get('Code')} ({failed.get('Message')})"
                     raise StoreError(errno.EIO, f"cannot delete {text}", transient=True)
 
-        await self._operate(attempt, keys[0])
+        await self._operator.run(attempt, self._url(keys[0]))
 
-    async def _put(self, key: str, parts: Sequence[Buffer], size: int, checksum: str, *, conditional: bool) -> bool:
+    async def _put(self, key: str, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
         """False when the key exists and the server has therefore written nothing."""
         name = self.location.key(key)
-        headers = {"Content-Length": str(size), "x-amz-checksum-crc32c": checksum}
+        headers = {"Content-Length": str(size), "x-amz-checksum-crc32c": await checksum_of(parts, size)}
         if conditional:
             headers["If-None-Match"] = "*"
 
@@ -231,61 +210,30 @@ class S3Store:
                 return False
             return True
 
-        return await self._operate(attempt, key, size)
+        return await self._operator.run(attempt, self._url(key), size)
 
-    async def _compare(self, key: str, parts: Sequence[Buffer], size: int, checksum: str) -> None:
+    async def _put_in_parts(self, key: str, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
+        name = self.location.key(key)
+        upload = MultipartPut(self._client, self._plane, self._operator, self.location.bucket, name, self._url(key))
+        return await upload.put(parts, size, conditional=conditional)
+
+    async def _compare(self, key: str, parts: Sequence[Buffer], size: int) -> None:
         """FileExistsError when the object that is there is not the one that we wanted to write."""
         name = self.location.key(key)
+        checksum = await checksum_of(parts, size)
 
         async def attempt() -> bool:
             found = await self._plane.request("HEAD", name, {"x-amz-checksum-mode": "ENABLED"})
             if int(found.headers.get("Content-Length", -1)) != size:
                 return False
             there = found.headers.get("x-amz-checksum-crc32c")
-            if there is not None:
+            # That of an object in parts is one of their checksums, and their number.
+            if there is not None and "-" not in there:
                 return there == checksum
             return await checksum_of([await self.get(key, 0, size)], size) == checksum
 
-        if not await self._operate(attempt, key, size):
+        if not await self._operator.run(attempt, self._url(key), size):
             raise FileExistsError(errno.EEXIST, f"{self._url(key)}: there is another object with this key")
-
-    async def _operate(self, attempt: Callable[[], Awaitable[T]], key: str, size: int = 0) -> T:
-        """Try until it works or the deadline has passed."""
-        extra = size / _RATE_MIN
-        patience = self.deadline + extra
-        last: OSError | None = None
-
-        async def explained() -> T:
-            nonlocal last
-            try:
-                async with asyncio.timeout(_ATTEMPT_SECONDS + extra):
-                    return await attempt()
-            except Exception as error:
-                last = explain(error, self._url(key))
-                raise last from error
-
-        try:
-            async with asyncio.timeout(patience):
-                result: T = await self._retrying(explained)
-        except TimeoutError:
-            raise last or StoreError(
-                errno.ETIMEDOUT,
-                f"{self._url(key)}: no answer in {patience:.0f} s: check the network and --endpoint",
-                transient=True,
-            ) from None
-        if self._troubled:
-            self._troubled = False
-            log.warning("%s serves again", self.location.url)
-        return result
-
-    def _note_trouble(self, state: RetryCallState) -> None:
-        """Tell of what does not pass at once, when it begins and when it ends."""
-        if state.outcome is None or self._troubled:
-            return
-        lasting = (state.seconds_since_start or 0) >= _TROUBLE_SECONDS
-        self._troubled = lasting
-        level = logging.WARNING if lasting else logging.DEBUG
-        log.log(level, "%s; trying again", getattr(state.outcome.exception(), "strerror", None))
 
     def _url(self, key: str) -> str:
         return f"{self.location.url}/{key}" if key else self.location.url

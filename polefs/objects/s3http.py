@@ -95,12 +95,14 @@ class Plane:
         key: str,
         headers: Mapping[str, str],
         *,
-        query: str = "",
+        query: Mapping[str, str] | None = None,
         body: Sequence[Buffer] | None = None,
         limit: int = 0,
     ) -> Response:
         """``key`` is that in the bucket. An answer with more than ``limit`` bytes is cut off there."""
-        url = self._base + urllib.parse.quote(key, safe="/-._~") + (f"?{query}" if query else "")
+        url = (
+            self._base + urllib.parse.quote(key, safe="/-._~") + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        )
         signed = await self._sign(method, url, headers)
         data = None if body is None else _Body(body)
         async with self._session.request(method, URL(url, encoded=True), headers=signed, data=data) as response:

@@ -102,6 +102,7 @@ class FaultProxy:
         self._tls = tls
         self._random = random.Random(seed)
         self._lock = threading.Lock()
+        self._met = threading.Condition(self._lock)
         self._rules: list[Rule] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy", daemon=True)
@@ -129,8 +130,8 @@ class FaultProxy:
     def inject(
         self, fault: Fault, *, method: str | None = None, path: str = "", times: int | None = None, share: float = 1.0
     ) -> None:
-        """From now on requests with this method, and a path in which the expression is found, meet the fault: the next
-        ``times`` of them, or all until ``heal``."""
+        """From now on requests with this method, and a path or query in which the expression is found, meet the fault:
+        the next ``times`` of them, or all until ``heal``."""
         with self._lock:
             self._rules.append(Rule(fault, method, re.compile(path), times, share))
 
@@ -152,6 +153,11 @@ class FaultProxy:
             yield
         finally:
             self.heal()
+
+    def wait_for(self, fault: Fault) -> None:
+        """Until a request has met it. Blocks."""
+        with self._met:
+            assert self._met.wait_for(lambda: self.tally.faults[fault], START_SECONDS), f"nothing has met {fault}"
 
     def refuse(self) -> None:
         """The server is down: connections are refused, and those that there are break."""
@@ -213,6 +219,7 @@ class FaultProxy:
                     if rule.times == 0:
                         self._rules.remove(rule)
                 self.tally.faults[rule.fault] += 1
+                self._met.notify_all()
                 return rule.fault
         return None
 
@@ -221,7 +228,7 @@ class FaultProxy:
         self.tally.running += 1
         self.tally.most_running = max(self.tally.most_running, self.tally.running)
         try:
-            return await self._answer(request, self._choose(request.method, request.path))
+            return await self._answer(request, self._choose(request.method, request.path_qs))
         finally:
             self.tally.running -= 1
 

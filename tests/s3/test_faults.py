@@ -124,7 +124,7 @@ def test_the_server_is_down_and_comes_back(place: Place, proxy: FaultProxy) -> N
 @pytest.mark.parametrize(
     ("fault", "number", "says"),
     [
-        (Fault.HANG, errno.ETIMEDOUT, "no answer in 2 s: check the network and --endpoint"),
+        (Fault.HANG, errno.ETIMEDOUT, "no answer in 1 s: check the network and --endpoint"),
         (Fault.TRICKLE, errno.ETIMEDOUT, "no answer in"),
         (Fault.RESET, errno.ECONNRESET, "connection lost"),
         (Fault.HALF_ANSWER, errno.ECONNRESET, "connection lost"),
@@ -137,7 +137,7 @@ def test_the_deadline_and_its_reason(place: Place, proxy: FaultProxy, fault: Fau
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY[:1000]])
         proxy.inject(fault)
-        store.deadline = 2.0
+        store.deadline = 1.0
         with pytest.raises(StoreError, match=says) as caught:
             await store.get("k", 0, 1000)
         store.deadline = 60.0
@@ -154,7 +154,7 @@ def test_a_connection_that_trickles_is_given_up_for_another(
 ) -> None:
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY[:10_000]])
-        monkeypatch.setattr("polefs.objects.s3._ATTEMPT_SECONDS", 2.0)
+        monkeypatch.setattr("polefs.objects.s3operate._ATTEMPT_SECONDS", 2.0)
         proxy.inject(Fault.TRICKLE, method="GET", times=1)
         assert await store.get("k", 0, 10_000) == BODY[:10_000]
         assert proxy.tally.faults[Fault.TRICKLE] == 1
