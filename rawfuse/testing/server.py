@@ -115,12 +115,24 @@ class Server:
         """Cut the connection between kernel and server: every request fails at once. Safe from any thread."""
         self.aborted = self._end_is_known = True
         line = find_mount(self.mountpoint)
-        if line is None or line.minor != self._connection:
+        if (line is None or line.minor != self._connection) and not self._serves_on():
             return  # the connection has ended, and its number may be another mount's by now
         try:
             (FUSECTL / str(self._connection) / "abort").write_text("1")
         except FileNotFoundError:
             pass  # the connection has ended already
+
+    def _serves_on(self) -> bool:
+        """Whether the server still has a device of the connection although the mount has been detached (Linux 6.18;
+        a thread that waits in the kernel for its own requests keeps it even when the server was killed)."""
+        told = f"fuse_connection:\t{self._connection}\n"
+        for path in Path(f"/proc/{self.pid}/task").glob("*/fdinfo/*"):
+            try:
+                if told in path.read_text():
+                    return True
+            except OSError:
+                continue  # closed meanwhile
+        return False
 
     def detach(self) -> None:
         """Take the mount out of the tree, busy or not."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from rawfuse.abi import ROOT_ID
 from rawfuse.testing.server import Server
 from tests.mounted.lab_server import Configuration, Request
 
@@ -55,7 +56,9 @@ class Lab:
         self._socket = str(self.root.parent / "control")
 
     def clear(self) -> None:
-        """Make it as new."""
+        """Make it as new, for the kernel too."""
+        self.notify("increment_epoch")
+        self.notify("invalidate_inode", ROOT_ID, 0, 0)
         for entry in self.root.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.call("seen")

@@ -12,9 +12,11 @@ import dataclasses
 import errno
 import io
 import os
+import random
 import struct
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener
@@ -39,6 +41,7 @@ from rawfuse import (
     ops,
 )
 from rawfuse.abi import ROOT_ID, PollFlag
+from rawfuse.notify import Notifier
 
 CAPACITY = 1 << 30
 
@@ -103,15 +106,19 @@ class Log(io.TextIOBase):
                     future.set_result(None)
         return len(text)
 
+    async def changed(self) -> None:
+        """Return after the next request."""
+        future = asyncio.get_running_loop().create_future()
+        self._changed.add(future)
+        try:
+            await future
+        finally:
+            self._changed.discard(future)
+
     async def until(self, opcode: str, count: int) -> None:
         """Return when so many of them have come."""
         while sum(request.opcode == opcode for request in self.requests) < count:
-            future = asyncio.get_running_loop().create_future()
-            self._changed.add(future)
-            try:
-                await future
-            finally:
-                self._changed.discard(future)
+            await self.changed()
 
 
 class Lab(Memory):
@@ -201,18 +208,121 @@ _IOCTLS: dict[int, Callable[[Lab, ops.Ioctl], IoctlResult]] = {
 }
 
 
+class Storm:
+    """Notifications of every kind that changes nothing which a program could miss, about whatever there is, as fast as
+    they go, several at a time."""
+
+    WORKERS = 8
+
+    def __init__(self, lab: Lab, notifier: Notifier) -> None:
+        self._lab = lab
+        self._notifier = notifier
+        self._random = random.Random(1)
+        self._sent: Counter[str] = Counter()
+        self._over = False
+        self._tasks = [asyncio.ensure_future(self._work()) for _ in range(self.WORKERS)]
+
+    async def stop(self) -> dict[str, int]:
+        """How many of each were sent."""
+        self._over = True
+        await asyncio.gather(*self._tasks)
+        return dict(self._sent)
+
+    async def _work(self) -> None:
+        kinds = [self._inode, self._pages, self._entry, self._expire, self._delete, self._retrieve, self._prune]
+        kinds += [self._store, self._epoch, self._poll]
+        while not self._over or len(self._sent) < len(kinds):
+            kind = self._random.choice(kinds)
+            await kind()
+            self._sent[kind.__name__.strip("_")] += 1
+
+    def _node(self) -> Node:
+        return self._random.choice(list(self._lab.nodes.values()))
+
+    def _name(self) -> tuple[int, bytes]:
+        """A directory and a name that it has, or had, or never will have."""
+        node = self._node()
+        names = list(node.names) if isinstance(node, Directory) else []
+        return node.attr.ino, self._random.choice([*names, b"absent"])
+
+    async def _inode(self) -> None:
+        await self._notifier.invalidate_inode(self._node().attr.ino)
+
+    async def _pages(self) -> None:
+        await self._notifier.invalidate_inode(self._node().attr.ino, 0, 0)
+
+    async def _entry(self) -> None:
+        await self._notifier.invalidate_entry(*self._name())
+
+    async def _expire(self) -> None:
+        await self._notifier.invalidate_entry(*self._name(), expire_only=True)
+
+    async def _delete(self) -> None:
+        """Of another inode than has the name: the locks are taken, the name stays."""
+        parent, name = self._name()
+        await self._notifier.delete(parent, 1 << 40, name)
+
+    async def _retrieve(self) -> None:
+        node = self._node()
+        if isinstance(node, File):
+            await self._notifier.retrieve(node.attr.ino, 0, 1 << 20)
+
+    async def _store(self) -> None:
+        """What the file holds: nobody writes to it."""
+        static = self._lab.nodes[ROOT_ID]
+        assert isinstance(static, Directory)
+        node = static.names[b"static"].node
+        assert isinstance(node, File)
+        await self._notifier.store(node.attr.ino, 0, b"".join(node.data.read(0, node.attr.size)))
+
+    async def _epoch(self) -> None:
+        await self._notifier.increment_epoch()
+
+    async def _prune(self) -> None:
+        await self._notifier.prune([self._node().attr.ino for _ in range(20)])
+
+    async def _poll(self) -> None:
+        await self._notifier.wake_poll(self._random.randrange(1 << 20))
+
+
 class Control:
     """What a test may ask of the server; every method runs in its event loop."""
 
     def __init__(self, lab: Lab, session: Session, log: Log) -> None:
+        assert session.notifier is not None
         self._lab = lab
         self._session = session
+        self._notifier = session.notifier
         self._log = log
+        self._storm: Storm | None = None
+        self._begun: list[asyncio.Task[Any]] = []
 
     async def notify(self, kind: str, *arguments: Any, **named: Any) -> Any:
         """Call this method of the notifier."""
-        assert self._session.notifier is not None
-        return await getattr(self._session.notifier, kind)(*arguments, **named)
+        return await getattr(self._notifier, kind)(*arguments, **named)
+
+    async def begin_notify(self, kind: str, *arguments: Any) -> int:
+        """Call it and leave it alone; it stands in the queue behind those begun before. Its number for ``outcome``."""
+        self._begun.append(asyncio.ensure_future(self.notify(kind, *arguments)))
+        await asyncio.sleep(0)
+        return len(self._begun) - 1
+
+    async def outcome(self, number: int) -> Any:
+        return await self._begun[number]
+
+    async def unfinished(self) -> int:
+        """How many of those begun have not returned."""
+        return sum(not task.done() for task in self._begun)
+
+    async def start_storm(self) -> None:
+        self._storm = Storm(self._lab, self._notifier)
+
+    async def stop_storm(self) -> dict[str, int]:
+        assert self._storm is not None
+        return await self._storm.stop()
+
+    async def unmount(self, *, lazy: bool = False) -> None:
+        await self._session.unmount(lazy=lazy)
 
     async def seen(self) -> list[tuple[str, int, str]]:
         """The fields of the requests since the last call."""
@@ -222,6 +332,12 @@ class Control:
     async def wait_for(self, opcode: str, count: int = 1) -> None:
         """Return when ``seen`` would have so many of these."""
         await self._log.until(opcode, count)
+
+    async def wait_forgotten(self, inos: list[int], *, wait: bool = True) -> list[int]:
+        """Those of these that the kernel has forgotten; ``wait`` until it is all of them."""
+        while wait and any(self._lab.nodes[ino].lookups for ino in inos):
+            await self._log.changed()
+        return [ino for ino in inos if not self._lab.nodes[ino].lookups]
 
     async def agreement(self) -> dict[str, int]:
         agreed = self._session.agreement
@@ -301,13 +417,13 @@ async def main() -> None:
         lab,
         mountpoint,
         dataclasses.replace(options, **configuration.options),
-        settings=Settings(**configuration.settings),
+        settings=Settings(**{"transport": "device", **configuration.settings}),
         trace=cast(TextIO, log),
     )
     listener = Listener(socket, "AF_UNIX")
-    control = Control(lab, session, log)
     loop = asyncio.get_running_loop()
     await session.mount()
+    control = Control(lab, session, log)
     threading.Thread(target=_listen, args=(listener, control, loop), daemon=True).start()
     await session.serve()
 
