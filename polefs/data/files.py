@@ -115,6 +115,7 @@ class FileStore:
             self._threads,
             self._committing,
             self._settled,
+            None if self.cached is None else self.cached.cache.keep,
             self._dirty.note_segment,
         )
         self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)

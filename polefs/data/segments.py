@@ -99,6 +99,25 @@ def _load(piece: DataPiece) -> bytes:
     return source.read(start, end - start)
 
 
+def whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
+    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one and most
+    of it is in the replica."""
+    replica: Replica | None = None
+    position = 0
+    in_memory = 0
+    for start, end, source in pieces:
+        if start != position:
+            return None
+        if isinstance(source, Chunk):
+            in_memory += end - start
+        elif replica is None or replica is source:
+            replica = source
+        else:
+            return None
+        position = end
+    return replica if position == size and in_memory <= size // 2 else None
+
+
 def prepare_adoption(
     replica: Replica, pieces: Sequence[DataPiece], size: int
 ) -> tuple[tuple[int, int, int], ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from typing import Final
@@ -15,7 +15,17 @@ from polefs.data.frames import Codec
 from polefs.data.ranges import BASE, HOLE, Chunk, Piece
 from polefs.data.reader import Reader
 from polefs.data.replica import Replica
-from polefs.data.segments import DataPiece, Run, SegmentIds, cut_runs, discard_uncommitted, load, pack, prepare_adoption
+from polefs.data.segments import (
+    DataPiece,
+    Run,
+    SegmentIds,
+    cut_runs,
+    discard_uncommitted,
+    load,
+    pack,
+    prepare_adoption,
+    whole_replica,
+)
 from polefs.data.state import FileState
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import FILE_SIZE_MAX, INLINE_MAX, DataCommit, Extent, Inode, Segment
@@ -68,7 +78,8 @@ class _Plan(msgspec.Struct):
 
 class WriteBack:
     """``changing(commits)`` encloses each change of the metadata, ``settled(state, depth)`` is called in the loop turn
-    in which a file's last commit returns, ``taken(segment)`` before a segment's object is written."""
+    in which a file's last commit returns, ``keep`` then gets the pieces that are its contents now, as ``(ino, pieces,
+    size)``, and ``taken(segment)`` is called before a segment's object is written."""
 
     def __init__(
         self,
@@ -79,6 +90,7 @@ class WriteBack:
         threads: Executor,
         changing: Callable[[Sequence[DataCommit]], AbstractAsyncContextManager[None]],
         settled: Callable[[FileState, int], None],
+        keep: Callable[[Sequence[tuple[int, Sequence[DataPiece], int]]], Awaitable[None]] | None,
         taken: Callable[[int], None],
     ) -> None:
         self._meta = meta
@@ -88,6 +100,7 @@ class WriteBack:
         self._threads = threads
         self._changing = changing
         self._settled = settled
+        self._keep = keep
         self.doubtful: list[int] = []
         """Segments that were written while it is not known whether they were committed."""
         self._committing: dict[int, DataCommit] = {}
@@ -167,7 +180,7 @@ class WriteBack:
         if inode.inline is not None and all(_is_of(source, inode.inline) for _, _, source in plan.pieces):
             plan.pieces = []  # nothing is added: it may stay inline
         if size >= ADOPT_MIN:
-            plan.adopt = _whole_replica(plan.pieces, size)
+            plan.adopt = whole_replica(plan.pieces, size)
         return plan
 
     async def _plan_small(self, work: Work, inode: Inode, size: int) -> _Plan:
@@ -200,6 +213,8 @@ class WriteBack:
             raise
         for plan in batch:
             self._settled(plan.work.state, plan.work.depth)
+        if self._keep is not None:
+            await self._keep([(plan.work.state.ino, plan.pieces, plan.size) for plan in batch if plan.extents])
 
     async def _commit(self, segments: list[Segment], commits: list[DataCommit]) -> None:
         self._committing.update((commit.ino, commit) for commit in commits)
@@ -241,24 +256,6 @@ async def _gather(work: Sequence[Coroutine[None, None, None]]) -> None:
 
 def _is_of(source: Chunk | Replica, data: bytes) -> bool:
     return isinstance(source, Chunk) and source.data is data
-
-
-def _whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
-    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one."""
-    replica: Replica | None = None
-    position = 0
-    in_memory = 0
-    for start, end, source in pieces:
-        if start != position:
-            return None
-        if isinstance(source, Chunk):
-            in_memory += end - start
-        elif replica is None or replica is source:
-            replica = source
-        else:
-            return None
-        position = end
-    return replica if position == size and in_memory <= size // 2 else None
 
 
 def _add_extents(batch: Sequence[_Plan], runs: Sequence[Run], segment: int) -> None:

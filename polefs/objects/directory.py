@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from polefs.objects.base import ObjectInfo, Space
-from polefs.objects.localio import read_available, read_cached, space_of, sync_directory, write_parts
+from polefs.objects.localio import OpenFile, read_available, read_cached, space_of, sync_directory, write_parts
 
 T = TypeVar("T")
 
@@ -24,20 +24,6 @@ _OPEN_MAX: Final = 128
 """Descriptors of objects kept open for reading."""
 
 _LIST_PAGE: Final = 1000
-
-
-class _Descriptor:
-    """An open object; closed with its last user, so that eviction and deletion never close it under a read."""
-
-    __slots__ = ("fd",)
-
-    def __init__(self, path: str) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
 
 
 class DirectoryStore:
@@ -53,7 +39,7 @@ class DirectoryStore:
             os.unlink(os.path.join(self._incoming, name))
         self._threads = ThreadPoolExecutor(threads, "objects")
         self._serial = itertools.count()
-        self._open: OrderedDict[str, _Descriptor] = OrderedDict()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self._known_directories: set[str] = set()
         # _open is used by the event loop and by the threads.
         self._lock = threading.Lock()
@@ -153,7 +139,7 @@ class DirectoryStore:
             if descriptor is not None:
                 self._open.move_to_end(key)
         if descriptor is None:
-            descriptor = _Descriptor(self._path(key))
+            descriptor = OpenFile(self._path(key), os.O_RDONLY)
             with self._lock:
                 self._open[key] = descriptor
                 if len(self._open) > _OPEN_MAX:

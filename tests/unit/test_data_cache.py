@@ -370,6 +370,63 @@ def test_a_failed_commit_keeps_contents_right(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+# What has been written
+
+
+@pytest.mark.parametrize("size", [5000, 100_000, 3 * MIB + 5])
+@pytest.mark.parametrize("step", [4000, MIB])
+def test_what_was_written_back_is_cached(tmp_path: Path, size: int, step: int) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(size)
+        ino = await volume.make(b"a")
+        for start in range(0, size, step):
+            await volume.write(ino, start, data[start : start + step])
+        await volume.files.flush()
+        assert await volume.read(ino) == data
+        assert not gate.gets
+        assert cache_files(tmp_path) == [ino]
+        assert volume.local() == [name for name in volume.local() if not name.startswith(f"{ino}.")]
+
+    run(tmp_path, work)
+
+
+def test_a_replica_that_became_the_cache_file_is_the_journals_as_long_as_it_tells_of_it(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(MIB)
+        ino = await volume.make(b"a")
+        await volume.write(ino, 0, data)
+        await volume.files.flush(ino)
+        (cache_file,) = (tmp_path / "cache" / "files").glob("*/*")
+        assert cache_file.stat().st_nlink == 2
+        assert await volume.read(ino) == data
+        # A part is changed and committed before the journal of the first write is deleted.
+        await volume.write(ino, 5000, b"new")
+        new = data[:5000] + b"new" + data[5003:]
+        await volume.files.flush(ino)
+        assert await volume.read(ino) == new
+        await volume.crash()
+        assert await volume.read(ino) == new
+        assert all(path.stat().st_nlink == 1 for path in (tmp_path / "cache" / "files").glob("*/*"))
+
+    run(tmp_path, work)
+
+
+def test_appended_blocks_are_cached(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = b""
+        ino = await volume.make(b"log")
+        for number in range(20):
+            line = bytes([number + 65]) * 10_000
+            await volume.write(ino, len(data), line)
+            data += line
+            await volume.files.flush()
+            assert await volume.read(ino) == data
+        # Only blocks that two appends share are fetched.
+        assert len(gate.gets) <= 20
+
+    run(tmp_path, work)
+
+
 # The cache directory
 
 
@@ -663,13 +720,10 @@ def test_scattered_reads_are_no_stream() -> None:
 def test_the_last_block_ends_with_the_file(tmp_path: Path) -> None:
     directory = CacheDirectory.open(str(tmp_path), "volume")
     directory.begin(0, 1)
-    fd = directory.create(7)
-    directory.fill(fd, BLOCK, [b"x" * 100])
-    os.ftruncate(fd, BLOCK + 100)
-    os.close(fd)
-    fd, valid = directory.load(7)
+    directory.fill(directory.create(7), BLOCK, [b"x" * 100])
+    os.truncate(directory.path_of(7), BLOCK + 100)
+    _, valid = directory.load(7)
     assert list(valid) == [(BLOCK, 2 * BLOCK)]
-    os.close(fd)
     directory.close(clean=True)
 
 
@@ -678,10 +732,10 @@ def test_fills_of_one_file_at_the_same_time(tmp_path: Path) -> None:
     directory.begin(0, 1)
     data = os.urandom(64 * BLOCK)
     for attempt in range(40):
-        fd = directory.create(attempt)
+        file = directory.create(attempt)
         with ThreadPoolExecutor(8) as threads:
             starts = random.Random(attempt).sample(range(0, len(data), BLOCK), 64)
-            list(threads.map(lambda start, fd=fd: directory.fill(fd, start, [data[start : start + BLOCK]]), starts))
-        assert os.pread(fd, len(data) + 1, 0) == data
-        os.close(fd)
+            blocks = [(file, start, [data[start : start + BLOCK]]) for start in starts]
+            list(threads.map(lambda block: directory.fill(*block), blocks))
+        assert Path(directory.path_of(attempt)).read_bytes() == data
     directory.close(clean=True)

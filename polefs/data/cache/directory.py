@@ -32,7 +32,18 @@ from typing import Final
 import msgspec
 
 from polefs.data.cache.rangeset import Range, RangeSet
-from polefs.objects.localio import allocated_ranges, punch_hole, replace_file, sync_file_system, write_parts
+from polefs.data.ranges import Chunk
+from polefs.data.replica import Replica
+from polefs.data.segments import DataPiece, whole_replica
+from polefs.objects.localio import (
+    OpenFile,
+    allocated_ranges,
+    punch_hole,
+    replace_file,
+    sync_file_system,
+    write_all,
+    write_parts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +51,9 @@ BLOCK: Final = 4096
 """The unit of validity, bytes: aligned blocks of the file."""
 
 _FORMAT: Final = 1
+_STEP: Final = 1 << 20
+"""Bytes that ``keep`` copies at a time."""
+
 _PROBE_SIZE: Final = 16 << 20
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 
@@ -207,38 +221,35 @@ class CacheDirectory:
     def path_of(self, ino: int) -> str:
         return f"{self._files}/{ino >> 8:x}/{ino:x}"
 
-    def load(self, ino: int) -> tuple[int, RangeSet]:
-        """The cache file of an inode, as a descriptor, and its valid ranges; -1 when there is none."""
+    def load(self, ino: int) -> tuple[OpenFile | None, RangeSet]:
+        """The cache file of an inode, None when there is none, and its valid ranges."""
         try:
-            fd = os.open(self.path_of(ino), os.O_RDWR | os.O_CLOEXEC)
+            file = OpenFile(self.path_of(ino), os.O_RDWR)
         except FileNotFoundError:
-            return -1, RangeSet()
-        try:
-            size = os.fstat(fd).st_size
-            return fd, RangeSet(
-                # Whole blocks; the last one of the file may end with it.
-                (-(-start // BLOCK) * BLOCK, (-(-end // BLOCK) if end == size else end // BLOCK) * BLOCK)
-                for start, end in allocated_ranges(fd)
-            )
-        except BaseException:
-            os.close(fd)
-            raise
+            return None, RangeSet()
+        size = os.fstat(file.fd).st_size
+        return file, RangeSet(
+            # Whole blocks; the last one of the file may end with it.
+            (-(-start // BLOCK) * BLOCK, (-(-end // BLOCK) if end == size else end // BLOCK) * BLOCK)
+            for start, end in allocated_ranges(file.fd)
+        )
 
-    def create(self, ino: int) -> int:
+    def create(self, ino: int) -> OpenFile:
         """The cache file of an inode, made if need be; also when the directory was removed under us."""
         path = self.path_of(ino)
         try:
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return OpenFile(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return OpenFile(path, os.O_RDWR | os.O_CREAT)
 
-    def fill(self, fd: int, start: int, parts: Sequence[bytes | memoryview]) -> tuple[int, int]:
+    def fill(self, file: OpenFile, start: int, parts: Sequence[bytes | memoryview]) -> tuple[int, int]:
         """Write whole blocks, the last one padded with zeros: they are valid from now on. Returns by how many bytes the
         file has grown, and how many are free. After an OSError they are not valid."""
         length = sum(map(len, parts))
         padding = -length % BLOCK
         end = start + length + padding
+        fd = file.fd
         before = os.fstat(fd)
         try:
             with self._sizes:
@@ -248,16 +259,63 @@ class CacheDirectory:
             write_parts(fd, [*parts, bytes(padding)] if padding else parts, start)
         except BaseException:
             try:
-                self.invalidate(fd, [(start, end)])
+                self._invalidate(file, [(start, end)])
             except OSError:
                 self.distrust()
             raise
         free = os.fstatvfs(fd)
         return (os.fstat(fd).st_blocks - before.st_blocks) * 512, free.f_bavail * free.f_frsize
 
-    def invalidate(self, fd: int, ranges: Iterable[Range]) -> int:
-        """Make holes of ranges of whole blocks; returns the bytes that this has freed. When the file system cannot, the
-        file is removed."""
+    def keep(self, files: Iterable[tuple[int, Sequence[DataPiece], int, bool]]) -> tuple[int, int]:
+        """Make valid the blocks that lie within these pieces of contents: ``(ino, pieces, size, may_link)`` of many
+        files, the pieces in order. Returns as ``fill`` does. ``may_link``: a replica that holds the whole file becomes
+        the cache file by a hard link, in place of what is there. While it still has its own name a journal tells of it,
+        and nothing of it is changed: see ``invalidate``."""
+        grown = 0
+        for ino, pieces, size, may_link in files:
+            replica = whole_replica(pieces, size) if may_link else None
+            if replica is not None and self._link(ino, replica, pieces, size):
+                grown += os.fstat(replica.fd).st_blocks * 512
+            else:
+                grown += self._copy(ino, pieces, size)
+        free = os.fstatvfs(self._lock)
+        return grown, free.f_bavail * free.f_frsize
+
+    def _copy(self, ino: int, pieces: Sequence[DataPiece], size: int) -> int:
+        grown = 0
+        file = self.create(ino)
+        for start, end, run in block_runs(pieces, size):
+            for low in range(start, end, _STEP):
+                high = min(low + _STEP, end)
+                parts = [
+                    _bytes_of(max(first, low), min(last, high), source)
+                    for first, last, source in run
+                    if first < high and last > low
+                ]
+                grown += self.fill(file, low, parts)[0]
+        return grown
+
+    def _link(self, ino: int, replica: Replica, pieces: Sequence[DataPiece], size: int) -> bool:
+        path = self.path_of(ino)
+        # Harmless to the journal: it tells of these bytes too, after those that they replace.
+        for start, end, source in pieces:
+            if isinstance(source, Chunk):
+                write_all(replica.fd, source.cut(start, end), start)
+        os.ftruncate(replica.fd, size)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        try:
+            os.link(replica.path, path)
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOENT):
+                return False
+            raise
+        return True
+
+    def _invalidate(self, file: OpenFile, ranges: Iterable[Range]) -> int:
+        """Make holes of ranges of whole blocks; returns the bytes that this has freed."""
+        fd = file.fd
         before = os.fstat(fd)
         for start, end in ranges:
             with self._sizes:
@@ -268,25 +326,29 @@ class CacheDirectory:
                 punch_hole(fd, start, end - start)
         return (before.st_blocks - os.fstat(fd).st_blocks) * 512
 
-    def invalidate_files(self, changes: Iterable[tuple[int, Sequence[Range]]]) -> int:
-        """As ``invalidate``, for ``(ino, ranges)`` of many files, with or without a cache file. A file whose holes
-        cannot be made is removed. OSError when that fails too: what it holds must then not come to be wrong."""
+    def invalidate(self, changes: Iterable[tuple[int, Sequence[Range]]]) -> tuple[int, list[int]]:
+        """Make holes of ranges of whole blocks: ``(ino, ranges)`` of many files, with or without a cache file. One that
+        is a replica still, or whose holes cannot be made, is removed instead. Returns the bytes that this has freed,
+        and the inodes whose cache files were removed. OSError when that fails: what they hold must then not come to be
+        wrong."""
         freed = 0
+        removed = []
         for ino, ranges in changes:
             path = self.path_of(ino)
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                file = OpenFile(path, os.O_RDWR)
             except FileNotFoundError:
                 continue
-            try:
-                freed += self.invalidate(fd, ranges)
-            except OSError as error:
-                log.error("cannot invalidate a part of %s, removing it: %s", path, error.strerror)
-                os.unlink(path)
-                os.ftruncate(fd, 0)
-            finally:
-                os.close(fd)
-        return freed
+            if os.fstat(file.fd).st_nlink == 1:
+                try:
+                    freed += self._invalidate(file, ranges)
+                    continue
+                except OSError as error:
+                    log.error("cannot invalidate a part of %s, removing it: %s", path, error.strerror)
+            os.unlink(path)
+            removed.append(ino)
+            freed += os.fstat(file.fd).st_blocks * 512
+        return freed, removed
 
     def remove(self, inos: Iterable[int]) -> int:
         """Remove cache files, where there are any; returns the bytes that this has freed."""
@@ -330,6 +392,23 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
             return list(entries)
     except FileNotFoundError:
         return []
+
+
+def block_runs(pieces: Sequence[DataPiece], size: int) -> Iterator[tuple[int, int, list[DataPiece]]]:
+    """``(start, end, pieces)`` of whole blocks that lie within adjoining pieces; the last one may end with the file."""
+    run: list[DataPiece] = []
+    for piece in [*pieces, (size + 1, size + 1, Chunk(0, b""))]:
+        if run and run[-1][1] != piece[0]:
+            start, end = -(-run[0][0] // BLOCK) * BLOCK, run[-1][1]
+            end = end if end == size else end & -BLOCK
+            if start < end:
+                yield start, end, run
+            run = []
+        run.append(piece)
+
+
+def _bytes_of(start: int, end: int, source: Chunk | Replica) -> bytes | memoryview:
+    return source.cut(start, end) if isinstance(source, Chunk) else source.read(start, end - start)
 
 
 def _boot_id() -> str:

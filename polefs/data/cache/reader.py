@@ -176,7 +176,7 @@ class CachedContents:
     ) -> list[Buffer]:
         """What was valid, or a hole, at this generation."""
         if file.generation == generation:
-            if file.fd < 0:
+            if file.handle is None:
                 return zeros(end - start)
             data = file.read_now(start, end) or await self.cache.read(file, start, end)
             if data is not None:

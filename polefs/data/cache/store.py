@@ -21,9 +21,10 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from polefs.data.cache.directory import BLOCK, CacheDirectory
+from polefs.data.cache.directory import BLOCK, CacheDirectory, block_runs
 from polefs.data.cache.rangeset import Range, RangeSet
-from polefs.objects.localio import read_available, read_cached
+from polefs.data.segments import DataPiece
+from polefs.objects.localio import OpenFile, read_available, read_cached
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,10 +64,10 @@ class CachedFile(Generic[R]):
     __slots__ = (
         "_quiet",
         "changing",
-        "fd",
         "filling",
         "generation",
         "gone",
+        "handle",
         "ino",
         "loaded",
         "loading",
@@ -77,7 +78,7 @@ class CachedFile(Generic[R]):
 
     def __init__(self, ino: int, reading: R) -> None:
         self.ino = ino
-        self.fd = -1
+        self.handle: OpenFile | None = None
         self.loaded = False
         self.loading: asyncio.Task[None] | None = None
         self.valid = RangeSet()
@@ -90,10 +91,6 @@ class CachedFile(Generic[R]):
         """What the reader keeps with it."""
         self._quiet: asyncio.Future[None] | None = None
 
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
     @property
     def busy(self) -> bool:
         return bool(self.users or self.filling or self.changing)
@@ -104,7 +101,13 @@ class CachedFile(Generic[R]):
 
     def read_now(self, start: int, end: int) -> memoryview | None:
         """Bytes of a valid range where the page cache has them. Never blocks."""
-        return read_cached(self.fd, start, end - start)
+        return None if self.handle is None else read_cached(self.handle.fd, start, end - start)
+
+    def unload(self) -> None:
+        """It is to be opened anew: there is, or may be, another cache file."""
+        self.loaded = False
+        self.handle = None
+        self.valid.clear()
 
     async def quiet(self) -> None:
         """Returns when no fill and no load is under way. None begins while ``changing``."""
@@ -172,7 +175,7 @@ class ContentCache(Generic[R]):
             await asyncio.wait([self._forgetting])
         files = list(self._files.values())
         self._files.clear()
-        await self._run(_close_all, files)
+        await self._run(_mark_used, [file.handle for file in files if file.handle is not None])
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._directory.close(clean=clean))
 
     def _run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -212,20 +215,25 @@ class ContentCache(Generic[R]):
             self._let_go()
         return file
 
+    def _leave(self, file: CachedFile[R]) -> None:
+        """It is not kept just for having been entered."""
+        if not file.loaded and not file.busy and self._files.get(file.ino) is file:
+            del self._files[file.ino]
+
     def _let_go(self) -> None:
         """Close what has not been used for the longest time."""
         idle = next((file for file in itertools.islice(self._files.values(), _LOADED // 2) if not file.busy), None)
         if idle is not None:
             del self._files[idle.ino]
             idle.gone = True
-            if idle.fd >= 0:
-                self._run(_close_all, [idle])
+            if idle.handle is not None:
+                self._run(_mark_used, [idle.handle])
 
     async def _load(self, file: CachedFile[R]) -> None:
         generation = file.generation
         file.filling += 1
         try:
-            fd, valid = await self._run(self._directory.load, file.ino)
+            handle, valid = await self._run(self._directory.load, file.ino)
         except OSError as error:
             log.warning("cannot use the cache file of inode %d: %s", file.ino, error.strerror)
             return
@@ -233,20 +241,14 @@ class ContentCache(Generic[R]):
             file.loading = None
             file.end_filling()
         if file.fillable(generation):
-            file.fd, file.valid, file.loaded = fd, valid, True
-        elif fd >= 0:
-            os.close(fd)
+            file.handle, file.valid, file.loaded = handle, valid, True
 
     # Reading and filling
 
     async def read(self, file: CachedFile[R], start: int, end: int) -> bytes | None:
         """Bytes of a valid range, from the disk if need be; None when they have become invalid meanwhile."""
         generation = file.generation
-        file.users += 1
-        try:
-            data = await self._run(read_available, file.fd, start, end - start)
-        finally:
-            file.users -= 1
+        data = await self._run(_read, file.handle, start, end - start)
         if file.generation != generation:
             return None
         if len(data) < end - start:
@@ -263,29 +265,19 @@ class ContentCache(Generic[R]):
             return
         file.filling += 1
         try:
-            if file.fd < 0:
-                file.fd = await self._create(file)
-            grown, free = await self._run(self._directory.fill, file.fd, start, parts)
+            handle = file.handle
+            if handle is None:
+                handle = file.handle = await self._run(self._directory.create, file.ino)
+            grown, free = await self._run(self._directory.fill, handle, start, parts)
         except OSError as error:
             self._pause(error)
             return
         finally:
             file.end_filling()
-        self.bytes += grown
-        if file.fillable(generation):
+        if file.fillable(generation) and file.handle is handle:
             length = sum(map(len, parts))
             file.valid.add(start, start + length + -length % BLOCK)
-        if self.bytes > self.limits.size:
-            self.shrink(int(self.limits.size * _KEEP))
-        elif free < self.limits.free:
-            self.shrink(self.bytes - (self.limits.free - free) - int(self.bytes * (1 - _KEEP)))
-
-    async def _create(self, file: CachedFile[R]) -> int:
-        fd = await self._run(self._directory.create, file.ino)
-        if file.fd >= 0:
-            os.close(fd)
-            return file.fd
-        return fd
+        self._grow(grown, free)
 
     @property
     def _paused(self) -> bool:
@@ -297,6 +289,44 @@ class ContentCache(Generic[R]):
         self._paused_until = asyncio.get_running_loop().time() + _PAUSE
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             self.shrink(int(self.bytes * _KEEP))
+
+    async def keep(self, contents: Sequence[tuple[int, Sequence[DataPiece], int]]) -> None:
+        """``(ino, pieces, size)`` of files: these pieces are their committed contents now. What fails costs the cache
+        these bytes and is no error."""
+        files = [(self._files.get(ino) or self._enter(ino), pieces, size) for ino, pieces, size in contents]
+        if not files or self._paused:
+            return
+        work: list[tuple[CachedFile[R], int, Sequence[DataPiece], int]] = []
+        for file, pieces, size in files:
+            if not file.changing and not file.gone:
+                file.filling += 1
+                if file.handle is None:
+                    file.unload()
+                work.append((file, file.generation, pieces, size))
+        try:
+            grown, free = await self._run(
+                self._directory.keep, [(file.ino, pieces, size, file.handle is None) for file, _, pieces, size in work]
+            )
+        except OSError as error:
+            self._pause(error)
+            return
+        finally:
+            for file, *_ in work:
+                file.end_filling()
+                self._leave(file)
+        for file, generation, pieces, size in work:
+            if file.loaded and file.fillable(generation):
+                for start, end, _ in block_runs(pieces, size):
+                    file.valid.add(*_whole_blocks(start, end))
+        self._grow(grown, free)
+
+    def _grow(self, grown: int, free: int) -> None:
+        """The cache has become larger, and so much is left free."""
+        self.bytes += grown
+        if self.bytes > self.limits.size:
+            self.shrink(int(self.limits.size * _KEEP))
+        elif free < self.limits.free:
+            self.shrink(self.bytes - (self.limits.free - free) - int(self.bytes * (1 - _KEEP)))
 
     # Changes
 
@@ -317,14 +347,17 @@ class ContentCache(Generic[R]):
                     file.valid.remove(start, end)
             for file in files:
                 await file.quiet()
-            self.bytes -= await self._run(self._directory.invalidate_files, list(blocks.items()))
+            freed, removed = await self._run(self._directory.invalidate, list(blocks.items()))
+            self.bytes -= freed
+            for file in files:
+                if file.ino in removed:
+                    file.unload()
             yield
         finally:
             for file in files:
                 file.generation += 1
                 file.changing -= 1
-                if not file.loaded and not file.busy and self._files.get(file.ino) is file:
-                    del self._files[file.ino]
+                self._leave(file)
 
     def forget(self, ino: int) -> None:
         """Nothing of this inode is cached any more."""
@@ -413,13 +446,14 @@ def _whole_blocks(start: int, end: int) -> Range:
     return start & -BLOCK, -(-end // BLOCK) * BLOCK
 
 
-def _close_all(files: Sequence[CachedFile[R]]) -> None:
-    """Close files that nobody uses, noting that they have been used until now. Blocks."""
-    for file in files:
-        if file.fd >= 0:
-            try:
-                os.utime(file.fd)
-            except OSError:
-                pass
-            os.close(file.fd)
-            file.fd = -1
+def _read(handle: OpenFile | None, start: int, length: int) -> bytes:
+    return b"" if handle is None else read_available(handle.fd, start, length)
+
+
+def _mark_used(handles: Sequence[OpenFile]) -> None:
+    """They have been used until now, and nobody has them open any longer. Blocks."""
+    for handle in handles:
+        try:
+            os.utime(handle.fd)
+        except OSError:
+            pass
