@@ -106,7 +106,7 @@ class Session:
         for flag, why in agreement.refused.items():
             log.debug("INIT: no %s: %s", flag.name, why)
         channels = transport.open(agreement, loop)
-        log.info("%s is mounted; transport: %s", self.mountpoint, transport.used)
+        log.debug("%s: transport: %s", self.mountpoint, transport.used)
         self.notifier = Notifier(device, agreement)
         backing = BackingFiles(device) if agreement.flags & InitFlag.PASSTHROUGH else None
         self._dispatcher = Dispatcher(
