@@ -19,6 +19,12 @@ LOGS: pytest.StashKey[list[tuple[str, Server, int]]] = pytest.StashKey()
 """Of a test: the servers whose logs a failure shows, each with a name and where in its log the test began."""
 
 
+def require(missing: str | None) -> None:
+    """Fail with this line, when there is one: what the machine lacks for these tests."""
+    if missing is not None:
+        pytest.fail(missing, pytrace=False)
+
+
 def deadline_of(request: pytest.FixtureRequest) -> float:
     """Seconds that this test may take."""
     mark = request.node.get_closest_marker("deadline")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence, Set
 import pytest
 
 from rawfuse.testing import hooks
-from rawfuse.testing.fixtures import LOGS, deadline_of, make_scratch, watch_log
+from rawfuse.testing.fixtures import LOGS, deadline_of, make_scratch, require, watch_log
 from rawfuse.testing.namespace import enter_private_namespace, missing_requirement
 from rawfuse.testing.server import Server
 from rawfuse.testing.target import LACKS, Target, TargetSpec
@@ -118,9 +118,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 @pytest.fixture(scope="session")
 def fuse_namespace() -> None:
     """The private mount namespace; a machine that cannot run tests on mounts fails them with one line."""
-    missing = missing_requirement()
-    if missing is not None:
-        pytest.fail(missing, pytrace=False)
+    require(missing_requirement())
     enter_private_namespace()
 
 

@@ -58,13 +58,16 @@ class TargetSpec:
 
 
 class Target:
-    """One file system, mounted for tests. ``path`` is its root."""
+    """One file system, mounted for tests, with all that belongs to it in the new directory ``place``. ``path`` is the
+    file system's root."""
 
-    def __init__(self, spec: TargetSpec, scratch: Path, watchdog: Watchdog) -> None:
+    def __init__(self, spec: TargetSpec, place: Path, watchdog: Watchdog) -> None:
         self.spec = spec
-        self.scratch = scratch
+        self.place = place
+        self.scratch = place / "scratch"
+        self.scratch.mkdir()
         self.watchdog = watchdog
-        self.path = scratch / "mnt"
+        self.path = place / "mnt"
         self.server: Server | None = None
         self._numbers = itertools.count(1)
 
@@ -75,7 +78,7 @@ class Target:
     def start(self) -> None:
         self.path.mkdir(exist_ok=True)
         if self.spec.command:
-            self.server = Server(self._filled(self.spec.command), self.path, self.scratch / "server.log")
+            self.server = Server(self._filled(self.spec.command), self.path, self.place / "server.log")
             self.server.start()
             self.watchdog.watch(self.server)
 
@@ -104,7 +107,7 @@ class Target:
         if self.server is not None:
             self.server.abort()
             self.server.kill()
-        shutil.rmtree(self.scratch)
+        shutil.rmtree(self.place)
 
     def new_directory(self, name: str) -> Path:
         """A fresh directory with mode 755 for one test."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rawfuse.testing.fixtures import deadline_of, make_scratch, run_root, run_target, watch_log
+from rawfuse.testing.fixtures import deadline_of, make_scratch, require, run_root, run_target, watch_log
 from rawfuse.testing.namespace import missing_tools
 from rawfuse.testing.plugin import FuseMount
 from rawfuse.testing.target import Target, TargetSpec
@@ -24,9 +24,7 @@ TOOLS = {"gcc": "gcc", "git": "git", "make": "make", "rsync": "rsync", "setfacl"
 @pytest.fixture(scope="module")
 def volume(watchdog: Watchdog) -> Iterator[PolefsTarget]:
     """A polefs volume alone, for tests that stop, kill or remount it."""
-    missing = missing_tools(TOOLS)
-    if missing is not None:
-        pytest.fail(missing, pytrace=False)
+    require(missing_tools(TOOLS))
     volume = PolefsTarget(POLEFS, make_scratch("polefs"), watchdog)
     for _ in run_target(volume):
         yield volume

@@ -53,7 +53,7 @@ class Lab:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.root = server.mountpoint
-        self._socket = str(self.root.parent / "control")
+        self._socket = str(self.root.parent / "scratch" / "control")
 
     def clear(self) -> None:
         """Make it as new, for the kernel too."""

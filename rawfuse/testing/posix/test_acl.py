@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rawfuse.testing.fixtures import require
+from rawfuse.testing.namespace import missing_tools
 from rawfuse.testing.peer import ALICE, BOB, STAFF, Peer, User, as_user
 from rawfuse.testing.syscalls import fails, read_file, write_file
 
@@ -19,6 +21,11 @@ pytestmark = pytest.mark.fuse_needs("acl", "xattr", "other-users")
 ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 1, 2, 4, 8, 16, 32
 NO_ID = 0xFFFFFFFF
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    require(missing_tools({"setfacl": "acl"}))
 
 
 def acl(*entries: tuple[int, int, int]) -> bytes:

@@ -92,6 +92,7 @@ def test_umask(root: Path) -> None:
         assert mode_of(root / f"p{mask}") == 0o666 & ~mask
 
 
+@pytest.mark.fuse_needs("setid")
 def test_special_bits_at_creation(root: Path) -> None:
     os.close(os.open(root / "f", os.O_CREAT | os.O_WRONLY, 0o6755))
     assert mode_of(root / "f") == 0o6755
