@@ -37,14 +37,16 @@ int rawfuse_mount(const char *source, const char *target, const char *type, unsi
 int rawfuse_umount(const char *target, int flags);
 int rawfuse_interrupt(unsigned long thread);
 
+#define RING_NO_ENTRY ...
 struct rawfuse_ring;
 int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload, struct rawfuse_ring **result);
 void rawfuse_ring_close(struct rawfuse_ring *ring);
 int rawfuse_ring_fd(const struct rawfuse_ring *ring);
 void rawfuse_ring_wake(struct rawfuse_ring *ring);
 int rawfuse_ring_sleep(struct rawfuse_ring *ring);
-int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory);
-int rawfuse_ring_exhausted(const struct rawfuse_ring *ring);
+int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory, int idle);
+int rawfuse_ring_short(const struct rawfuse_ring *ring, unsigned wanted);
+int rawfuse_ring_may_wait(const struct rawfuse_ring *ring);
 int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds);
 int rawfuse_ring_find(struct rawfuse_ring *ring, uint64_t unique);
 int rawfuse_ring_commit(struct rawfuse_ring *ring, int index, const char *header, size_t size);

@@ -9,19 +9,23 @@
  * payload. The kernel fills the payload memory, which begins LEAD bytes into the entry's memory: where the payload of a
  * WRITE belongs. That of an operation with a structure of another size is moved. */
 
-enum { SUBMISSIONS = 64, LEAD = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in), NO_ENTRY = 1 << 24 };
+enum { SUBMISSIONS = 64, LEAD = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in), RING_NO_ENTRY = 1 << 24 };
 
 struct ring_entry {
     struct fuse_uring_req_header header;
     struct iovec memory[2];
     uint64_t unique; /* of the request that it holds; 0: armed */
     uint16_t queue;
+    uint8_t used;
 };
 
 struct rawfuse_ring {
     int fd, device, event;
     size_t payload;
-    unsigned queues, *armed; /* entries of each queue */
+    unsigned queues;
+    struct {
+        unsigned armed, used; /* all that are armed, and those of them that have been used */
+    } *queue;
     unsigned entries_used, latest;
     struct ring_entry *entries;
     unsigned queued; /* submissions that the kernel has not seen */
@@ -78,7 +82,8 @@ static int ring_command(struct rawfuse_ring *ring, unsigned index, unsigned comm
     }
     memcpy(sqe->cmd, &request, sizeof(request));
     entry->unique = 0;
-    ring->armed[entry->queue]++;
+    ring->queue[entry->queue].armed++;
+    ring->queue[entry->queue].used += entry->used;
     return 0;
 }
 
@@ -93,7 +98,7 @@ static void rawfuse_ring_close(struct rawfuse_ring *ring)
     if (ring->event >= 0)
         close(ring->event);
     free(ring->entries);
-    free(ring->armed);
+    free(ring->queue);
     free(ring);
 }
 
@@ -173,14 +178,18 @@ static int64_t ring_completion(struct rawfuse_ring *ring)
     while (head != tail) {
         const struct io_uring_cqe *cqe = &ring->cqes[head & ring->cq_mask];
         const uint64_t index = cqe->user_data;
+        struct ring_entry *entry;
         int result = cqe->res;
         __atomic_store_n(ring->cq_head, ++head, __ATOMIC_RELEASE);
-        if (index == NO_ENTRY)
+        if (index == RING_NO_ENTRY)
             continue;
-        ring->armed[ring->entries[index].queue]--;
+        entry = &ring->entries[index];
+        ring->queue[entry->queue].armed--;
+        ring->queue[entry->queue].used -= entry->used;
         if (result == 0) {
+            entry->used = 1;
             ring->latest = index;
-            result = ring_request(&ring->entries[index]);
+            result = ring_request(entry);
         }
         return result < 0 ? -(int64_t)(index << 16 | -result) : (int64_t)(index << 32 | result);
     }
@@ -190,7 +199,7 @@ static int64_t ring_completion(struct rawfuse_ring *ring)
 /* One operation that does nothing: who allows io_uring_setup may still forbid io_uring_enter (seccomp). */
 static int ring_try(struct rawfuse_ring *ring)
 {
-    if (!ring_submission(ring, NO_ENTRY))
+    if (!ring_submission(ring, RING_NO_ENTRY))
         return -errno;
     return ring_enter(ring, 1);
 }
@@ -206,9 +215,9 @@ static int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size
     ring->device = device;
     ring->queues = queues;
     ring->payload = payload;
-    ring->armed = calloc(queues, sizeof(*ring->armed));
+    ring->queue = calloc(queues, sizeof(*ring->queue));
     ring->entries = calloc(entries, sizeof(*ring->entries));
-    error = ring->armed && ring->entries ? ring_set_up(ring, entries) : -ENOMEM;
+    error = ring->queue && ring->entries ? ring_set_up(ring, entries) : -ENOMEM;
     if (error == 0)
         error = ring_try(ring);
     if (error < 0)
@@ -241,14 +250,15 @@ static int rawfuse_ring_sleep(struct rawfuse_ring *ring)
            __atomic_load_n(ring->sq_flags, __ATOMIC_SEQ_CST) & IORING_SQ_TASKRUN;
 }
 
-/* Register one more entry. `memory` has room for LEAD bytes and the payload, and for LEAD more to move a payload up. The
- * entry's index, or -errno. */
-static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory)
+/* Register one more entry. `memory` has room for LEAD bytes and the payload, and for LEAD more to move a payload up.
+ * `idle`: no request waits for an entry of the queue. The entry's index, or -errno. */
+static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory, int idle)
 {
     const unsigned index = ring->entries_used;
     struct ring_entry *entry = &ring->entries[index];
     int error;
     entry->queue = queue;
+    entry->used = idle;
     entry->memory[0] = (struct iovec){&entry->header, sizeof(entry->header)};
     entry->memory[1] = (struct iovec){memory + LEAD, ring->payload};
     error = ring_command(ring, index, FUSE_IO_URING_CMD_REGISTER);
@@ -260,8 +270,9 @@ static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char
     for (unsigned head = *ring->cq_head; head != __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE); head++) {
         struct io_uring_cqe *cqe = &ring->cqes[head & ring->cq_mask];
         if (cqe->user_data == index && cqe->res < 0) {
-            cqe->user_data = NO_ENTRY;
-            ring->armed[queue]--;
+            cqe->user_data = RING_NO_ENTRY;
+            ring->queue[queue].armed--;
+            ring->queue[queue].used -= entry->used;
             return cqe->res;
         }
     }
@@ -269,13 +280,21 @@ static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char
     return index;
 }
 
-/* A queue without an armed entry: its next request would wait until a reply is committed. -1: all have one. */
-static int rawfuse_ring_exhausted(const struct rawfuse_ring *ring)
+/* A queue with less than `wanted` armed entries, or -1. */
+static int rawfuse_ring_short(const struct rawfuse_ring *ring, unsigned wanted)
 {
     for (unsigned queue = 0; queue < ring->queues; queue++)
-        if (!ring->armed[queue])
+        if (ring->queue[queue].armed < wanted)
             return queue;
     return -1;
+}
+
+/* Whether the latest request may wait for one behind it. A request that found no armed entry is put into one when a
+ * reply is committed in its queue, but not when an entry is registered. So one used entry has to be armed: then no
+ * request waits, or (it has completed already) its own reply will see to that. */
+static int rawfuse_ring_may_wait(const struct rawfuse_ring *ring)
+{
+    return ring->queue[ring->entries[ring->latest].queue].used > 0;
 }
 
 /* The entry that holds request `unique`, or -ENOENT. */
@@ -331,7 +350,7 @@ static int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds)
         if (ring->queued || __atomic_load_n(ring->sq_flags, __ATOMIC_ACQUIRE) & IORING_SQ_TASKRUN) {
             error = ring_enter(ring, 0);
             if (error < 0)
-                return -((int64_t)NO_ENTRY << 16 | -error);
+                return -((int64_t)RING_NO_ENTRY << 16 | -error);
             found = ring_completion(ring);
             if (found)
                 return found;

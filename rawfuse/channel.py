@@ -67,9 +67,6 @@ class Server(Protocol):
 class Channel(ABC):
     """A source of requests with its own way to reply. Every method is called in the event loop's thread."""
 
-    lock_waits = 1 << 16
-    """Blocking locks that may wait at the same time; ENOLCK to one more."""
-
     @abstractmethod
     def begin(self, server: Server) -> None:
         """Read requests from now on."""
@@ -91,6 +88,10 @@ class Channel(ABC):
     @abstractmethod
     def end(self) -> None:
         """Read nothing more, for good. Replies of handlers that still run may come and fail."""
+
+    def may_wait(self) -> bool:
+        """Whether the request being served may wait for another one that has not been read yet."""
+        return True
 
     @abstractmethod
     def lend(self) -> RequestBuffer | None:

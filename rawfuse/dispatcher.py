@@ -34,6 +34,9 @@ from rawfuse.wire import IN_HEADER, OUT_HEADER, InMessage
 
 log = logging.getLogger("rawfuse")
 
+MOST_LOCK_WAITS = 1 << 16
+"""Blocking locks that wait at the same time; ENOLCK to one more."""
+
 MOST_EARLY = 1024
 """Interrupted requests remembered because they have not been seen yet."""
 
@@ -149,7 +152,7 @@ class Dispatcher:
         if handler is None:
             if row.encode is not None:
                 self._fail(channel, op.unique, row.error)
-        elif not row.admitted and len(self._running) - self._admitted >= channel.lock_waits:
+        elif not (row.admitted or (len(self._running) - self._admitted < MOST_LOCK_WAITS and channel.may_wait())):
             self._fail(channel, op.unique, errno.ENOLCK)
         else:
             self._start(channel, row, op, handler, length)

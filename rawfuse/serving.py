@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from types import FrameType
 from typing import TextIO
 
 from rawfuse.errors import FuseError
@@ -11,6 +12,8 @@ from rawfuse.filesystem import FileSystem
 from rawfuse.mount import MountOptions
 from rawfuse.negotiate import Settings
 from rawfuse.session import Session
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(
@@ -31,15 +34,21 @@ def run(
 
 async def serve(session: Session) -> None:
     """Mount and serve until it is unmounted. SIGTERM and SIGINT unmount it; programs that have files open then get
-    ENOTCONN from there on."""
+    ENOTCONN from there on. Afterwards both are ignored, because the program is about to end."""
     told_to_end = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_end.set)
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(told_to_end.set)
+
+    for number in _SIGNALS:
+        signal.signal(number, tell)  # a handler of the loop would end with it, and a second signal kill the program
     await session.mount()
     unmounting = loop.create_task(_unmount(session, told_to_end))
     await session.serve()
     unmounting.cancel()
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _unmount(session: Session, told_to_end: asyncio.Event) -> None:

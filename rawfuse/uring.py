@@ -5,10 +5,10 @@ The kernel has a queue for each possible CPU and puts a request into an armed en
 carries the entries of all queues; an eventfd tells the event loop. INTERRUPT and FORGET stay on ``/dev/fuse``, so
 a ``DeviceChannel`` goes on beside the ``RingChannel``.
 
-An entry holds its request until the reply. A queue whose entries all hold requests of waiting handlers gets another
-one, because what ends a wait (for a lock, say) may be a request behind it: there are ``DEPTH`` entries for each queue
-at first and at most ``MOST_ENTRIES`` in all. Each has memory of its own for the largest request (``max_write``, 1 MiB
-by default), of which only pages that were used take room; the kernel takes the entry that was free last, so these are
+An entry holds its request until the reply, so waiting handlers use entries up, and what ends a wait (for a lock, say)
+may be the next request. Each queue has ``DEPTH`` armed entries at first (less where there are many CPUs), and gets more
+while handlers wait, as far as ``MOST_ENTRIES`` goes. Each has memory for the largest request (``max_write``, 1 MiB by
+default), of which only the pages that were used take room; the kernel takes the entry that was free last, so these are
 about what has been in flight at once.
 """
 
@@ -31,11 +31,14 @@ from rawfuse.wire import OUT_HEADER, InMessage
 
 log = logging.getLogger("rawfuse")
 
-DEPTH = 4
-"""Entries of each queue at first."""
+DEPTH = 8
+"""Armed entries of each queue."""
+
+MOST_AT_FIRST = 512
+"""Entries before handlers wait, but for two for each queue."""
 
 MOST_ENTRIES = 4096
-"""Entries in all. When each holds a request, more requests wait in the kernel."""
+"""Entries in all, but for two for each queue. When each holds a request, more requests wait in the kernel."""
 
 LEAST_PAYLOAD = 128 << 10
 """The kernel does not look whether a request fits into an entry and stops the caller for good if not (dev.c:
@@ -71,14 +74,16 @@ class Ring:
             self._queues = possible_cpus()
         except OSError as error:
             raise FuseError(error.errno or errno.ENOENT, f"the number of possible CPUs is unknown: {error}") from error
+        self._depth = max(2, min(DEPTH, MOST_AT_FIRST // self._queues))
+        self._most = max(MOST_ENTRIES, self._queues * self._depth)
         result = ffi.new("struct rawfuse_ring **")
-        failed = -lib.rawfuse_ring_open(device.fd, self._queues, max(MOST_ENTRIES, self._queues), payload, result)
+        failed = -lib.rawfuse_ring_open(device.fd, self._queues, self._most, payload, result)
         if failed:
             raise FuseError(failed, f"io_uring: {os.strerror(failed)}")
         self.pointer = result[0]
         self.fd = int(lib.rawfuse_ring_fd(self.pointer))
         try:
-            self._spare = [self._allocate() for _ in range(self._queues * DEPTH)]
+            self._spare = [self._allocate() for _ in range(self._queues * self._depth)]
         except OSError:
             self.close()
             raise
@@ -93,20 +98,20 @@ class Ring:
         # The kernel begins to use the ring with the last queue's first entry, so until then all can be called off. The
         # highest queue comes first: a wrong number of CPUs shows there.
         for queue in reversed(range(self._queues)):
-            error = self._add(queue)
+            error = self._add(queue, idle=True)
             if error:
                 raise FuseError(error, f"REGISTER of queue {queue} of {self._queues}: {os.strerror(error)}")
         for queue in range(self._queues):
-            for _ in range(DEPTH - 1):
-                self._add(queue)
+            for _ in range(self._depth - 1):
+                self._add(queue, idle=True)
         self._spare.clear()
 
-    def _add(self, queue: int) -> int:
+    def _add(self, queue: int, *, idle: bool) -> int:
         try:
             memory = self._spare.pop() if self._spare else self._allocate()
         except OSError as error:
             return error.errno or errno.ENOMEM
-        index = lib.rawfuse_ring_register(self.pointer, queue, memory.pointer)
+        index = lib.rawfuse_ring_register(self.pointer, queue, memory.pointer, idle)
         if index < 0:
             return -int(index)
         self._memory.append(memory)
@@ -114,10 +119,10 @@ class Ring:
         return 0
 
     def grow(self) -> None:
-        """One more entry for each queue that has none left, as far as there may be more."""
-        while len(self.messages) < MOST_ENTRIES:
-            queue = lib.rawfuse_ring_exhausted(self.pointer)
-            if queue < 0 or self._add(queue):
+        """Have armed entries in each queue again, as far as there may be more."""
+        while len(self.messages) < self._most:
+            queue = lib.rawfuse_ring_short(self.pointer, self._depth)
+            if queue < 0 or self._add(queue, idle=False):
                 return
 
     def reply(self, unique: int, message: Message) -> int:
@@ -154,8 +159,6 @@ class Ring:
 class RingChannel(Channel):
     """Requests of a registered ring. ``busy_poll``: nanoseconds for which it looks for the next request before it
     sleeps, while they come that fast."""
-
-    lock_waits = MOST_ENTRIES // 2
 
     def __init__(self, ring: Ring, loop: asyncio.AbstractEventLoop, busy_poll: int = 0) -> None:
         self._ring = ring
@@ -196,6 +199,9 @@ class RingChannel(Channel):
             self._flushing = True
             self._loop.call_soon(self._flush)
         return 0
+
+    def may_wait(self) -> bool:
+        return bool(lib.rawfuse_ring_may_wait(self._ring.pointer))
 
     def lend(self) -> None:
         return None
@@ -254,7 +260,7 @@ class RingChannel(Channel):
 
     def _lost(self, index: int, error: int) -> None:
         """The kernel has given an entry up. How the connection ended the device tells."""
-        if index == lib.NO_ENTRY:
+        if index == lib.RING_NO_ENTRY:
             self._server.end(error)
         elif error not in _ENDED:
             log.error("io_uring entry %d: %s", index, os.strerror(error))

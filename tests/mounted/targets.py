@@ -47,11 +47,27 @@ LOCAL = TargetSpec("local", lacks=frozenset({"far-times", "large-file", "large-x
 
 MEMORY = TargetSpec("memory", memory_command("{mountpoint}"), lacks=frozenset({"remount"}))
 
+ENABLE_URING = Path("/sys/module/fuse/parameters/enable_uring")
+"""Allows FUSE over io_uring. Tests set it, which needs root, and leave it set: connections that are there keep it."""
+
+
+def over(transport: str) -> TargetSpec:
+    """The memory file system over a transport, which must be the one that is used."""
+    command = [sys.executable, "-m", "examples.memory", "--transport", transport, "{mountpoint}"]
+    if transport == "uring":
+        command = ["sh", "-c", f'echo Y > {ENABLE_URING} && exec "$@"', "sh", *command]
+    used = 'test "$(sed -n "s/.*transport: //p" "$1" | sort -u)" = "$2" || { cat "$1"; exit 1; }'
+    check = ["sh", "-c", used, "sh", "{scratch}/server.log", transport]
+    return TargetSpec(f"memory-{transport}", command, check, MEMORY.lacks)
+
+
 POLEFS = TargetSpec(
     "polefs", polefs_command("{scratch}/volume", "{mountpoint}"), check=fsck_command("{scratch}/volume")
 )
 
-TARGETS = [LOCAL, MEMORY, POLEFS]
+TRANSPORTS = [over("clones"), over("uring")]
+
+TARGETS = [LOCAL, MEMORY, *TRANSPORTS, POLEFS]
 
 
 class PolefsTarget(Target):

@@ -32,7 +32,6 @@ from rawfuse import (
     dispatcher,
     ops,
 )
-from rawfuse.channel import Channel
 from rawfuse.decode import IN_PLACE
 from rawfuse.running import Running
 from tests.unit.rawfuse_helpers import HEADER, request
@@ -817,7 +816,7 @@ class TestLimits:
 
     @on_both_loops
     async def test_locks_that_wait_have_a_bound_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Channel, "lock_waits", 2)
+        monkeypatch.setattr(dispatcher, "MOST_LOCK_WAITS", 2)
         gate = Gate()
         async with served(Scripted(gate)) as kernel:
             sent = [kernel.send(Opcode.SETLKW, BODIES[Opcode.SETLKW]) for _ in range(3)]
