@@ -99,6 +99,8 @@ class Ring:
         # highest queue comes first: a wrong number of CPUs shows there.
         for queue in reversed(range(self._queues)):
             error = self._add(queue, idle=True)
+            if error in _ENDED:
+                return  # it has been unmounted already; the device tells
             if error:
                 raise FuseError(error, f"REGISTER of queue {queue} of {self._queues}: {os.strerror(error)}")
         for queue in range(self._queues):
