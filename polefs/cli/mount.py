@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from polefs.cli.sizes import parse_size
+from polefs.node.cache import CacheOptions
 from polefs.node.errors import Refusal
 from polefs.node.logs import LEVELS
 from polefs.node.options import MountRequest, Options, parse_options
@@ -35,6 +37,15 @@ def command(
     key_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="The key of an encrypted volume, or its passphrase.")
     ] = None,
+    cache_dir: Annotated[
+        str | None, typer.Option(metavar="DIRECTORY", help="Where to cache contents; default: in the volume.")
+    ] = None,
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes that the cache takes; default: 100G.")
+    ] = None,
+    cache_free: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes that it leaves free on its disk; default: a twentieth.")
+    ] = None,
     profile: Annotated[str | None, typer.Option(metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Mount a volume. Returns when the mount can be used.
@@ -43,7 +54,9 @@ def command(
     ($XDG_DATA_HOME, ~/.local/share). As root the mount is for everybody.
 
     Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
-    noallow_other, nonempty, volume=DIRECTORY, key_file=FILE.
+    noallow_other, nonempty, volume=DIRECTORY, key_file=FILE, cache_dir=DIRECTORY, cache_size=SIZE, cache_free=SIZE.
+
+    Only volumes in a bucket have a cache.
 
     The passphrase of an encrypted volume is asked for when there is neither a key file nor $POLEFS_PASSPHRASE.
 
@@ -63,8 +76,10 @@ def command(
     volume = paths[0] if len(paths) == 2 else None
     if volume is not None and parsed.volume is not None:
         raise Refusal(errno.EINVAL, "the volume is given twice: as an argument and with -o volume", 2)
-    if key_file is not None:
-        parsed.key_file = key_file
+    parsed.key_file = key_file or parsed.key_file
+    parsed.cache_dir = cache_dir or parsed.cache_dir
+    parsed.cache_size = cache_size or parsed.cache_size
+    parsed.cache_free = cache_free or parsed.cache_free
     request = make_request(volume, paths[-1], parsed)
     request.log_level = check_level(log_level)
     request.log_file = _absolute(log_file)
@@ -87,6 +102,11 @@ def make_request(volume: str | None, mountpoint: str, options: Options) -> Mount
         allow_other=os.geteuid() == 0 if options.allow_other is None else options.allow_other,
         nonempty=options.nonempty,
         secret=volume_secret(directory, options.key_file),
+        cache=CacheOptions(
+            directory=_absolute(options.cache_dir),
+            size=None if options.cache_size is None else parse_size(options.cache_size),
+            free=None if options.cache_free is None else parse_size(options.cache_free),
+        ),
     )
 
 

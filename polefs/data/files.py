@@ -79,8 +79,7 @@ class FileStore:
         threads: int = 4,
         codec: Codec | None = None,
         budget: MemoryBudget | None = None,
-        cache: CacheDirectory | None = None,
-        cache_limits: CacheLimits | None = None,
+        cache: tuple[CacheDirectory, CacheLimits] | None = None,
     ) -> None:
         """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
         None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
@@ -98,8 +97,7 @@ class FileStore:
             segments = framed = FramedSegments(meta, objects, codec, self._threads, self.budget)
             if cache is not None:
                 memory = MemoryBudget(self.budget.limit)
-                limits_ = cache_limits or CacheLimits()
-                self.cached = CachedContents(meta, self._extents, framed, cache, limits_, memory)
+                self.cached = CachedContents(meta, self._extents, framed, *cache, memory)
         self._reader = Reader(meta, segments, self._extents, self._threads, self.cached)
         self._reclaimer = Reclaimer(meta, objects)
         os.makedirs(self._directory, exist_ok=True)

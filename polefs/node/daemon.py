@@ -73,7 +73,7 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
         trace: TextIO | None = None
         if request.trace is not None:
             trace = stack.enter_context(_open_trace(request.trace))
-        storage = await open_storage(volume, request.secret)
+        storage = await open_storage(volume, request.secret, request.cache)
         options = MountOptions(
             source=volume.path,
             subtype="polefs",

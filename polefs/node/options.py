@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from polefs.node.cache import CacheOptions
 from polefs.node.errors import Refusal
 
 AtimePolicy = Literal["noatime", "relatime", "strictatime"]
@@ -46,6 +47,7 @@ class MountRequest(msgspec.Struct, kw_only=True):
     foreground: bool = False
     secret: bytes | None = None
     """Opens an encrypted volume."""
+    cache: CacheOptions = CacheOptions()
 
     @property
     def read_only(self) -> bool:
@@ -71,6 +73,9 @@ class Options(msgspec.Struct, kw_only=True):
     nonempty: bool = False
     volume: str | None = None
     key_file: str | None = None
+    cache_dir: str | None = None
+    cache_size: str | None = None
+    cache_free: str | None = None
 
 
 _ATIME = MountFlag.NOATIME | MountFlag.RELATIME | MountFlag.STRICTATIME
@@ -99,7 +104,13 @@ _FLAGS: dict[str, tuple[int, int]] = {
 }
 """Option -> (flags that it clears, flags that it sets); a later option overrides an earlier one."""
 
-_VALUES = {"volume": "DIRECTORY", "key_file": "FILE"}
+_VALUES = {
+    "volume": "DIRECTORY",
+    "key_file": "FILE",
+    "cache_dir": "DIRECTORY",
+    "cache_size": "SIZE",
+    "cache_free": "SIZE",
+}
 """Option -> what its value is; each is an attribute of ``Options``."""
 
 _OF_MOUNT = frozenset(

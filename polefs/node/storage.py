@@ -13,6 +13,7 @@ import msgspec
 
 from polefs.meta.store.base import FormatError
 from polefs.meta.store.sqlite import SqliteStore
+from polefs.node.cache import CacheOptions, open_cache
 from polefs.node.errors import Refusal, plain
 from polefs.node.status import Status
 from polefs.objects.location import DirectoryLocation
@@ -49,13 +50,16 @@ class Storage:
                 await self.objects.close()
 
 
-async def open_storage(volume: Volume, secret: bytes | None = None) -> Storage:
+async def open_storage(
+    volume: Volume, secret: bytes | None = None, cache_options: CacheOptions | None = None
+) -> Storage:
     """Open a locked volume and finish what a killed daemon has left. ``secret`` opens an encrypted one. ``Refusal``
     when a part is missing, damaged or out of reach, or the secret is another."""
     from polefs.data.files import FileStore
     from polefs.meta.service import MetaService
 
     codec = make_codec(volume, secret)
+    cache = open_cache(volume, cache_options or CacheOptions())
     store = open_store(volume)
     try:
         objects = await open_objects(volume)
@@ -63,7 +67,7 @@ async def open_storage(volume: Volume, secret: bytes | None = None) -> Storage:
         store.shutdown()
         raise
     meta = MetaService(store)
-    files = FileStore(meta, objects, volume.local, codec=codec)
+    files = FileStore(meta, objects, volume.local, codec=codec, cache=cache)
     try:
         await meta.start()
         await files.recover()

@@ -7,6 +7,7 @@
     meta.db        metadata (SQLite), with its -wal and -shm
     objects/       contents: immutable objects, unless they are in a bucket of S3
     local/         contents not yet written back, and their journal
+    cache/         contents of a bucket that have been read or written here, unless they are cached elsewhere
     control.sock   the daemon of a mounted volume
     log/           polefs.log, rotated
 """
@@ -78,6 +79,7 @@ class Volume:
         self.meta = os.path.join(path, "meta.db")
         self.objects = os.path.join(path, "objects")
         self.local = os.path.join(path, "local")
+        self.cache = os.path.join(path, "cache")
         self.log_file = os.path.join(path, "log", "polefs.log")
         self._lock = lock
 

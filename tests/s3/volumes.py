@@ -89,6 +89,7 @@ class S3Volume:
         assert self.server is None
         shutil.rmtree(self.path / "local")
         (self.path / "local").mkdir()
+        shutil.rmtree(self.path / "cache", ignore_errors=True)
 
     def fsck(self, *options: str, code: int = 0) -> str:
         return polefs("fsck", *options, *self._key, self.path, code=code)

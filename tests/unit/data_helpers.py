@@ -79,7 +79,7 @@ class Volume:
         """``cached``: contents are stored in frames and read through the cache, as with objects far away."""
         self.path = path
         self.cached = cached
-        self.cache_limits = CacheLimits(free=0)
+        self.cache_limits = CacheLimits(size=1 << 40, free=0)
         self.limits = limits
         self.flush_after = flush_after
         self.dying: Dying | None = None
@@ -103,8 +103,7 @@ class Volume:
             limits=self.limits,
             flush_after=self.flush_after,
             codec=Codec() if self.cached else None,
-            cache=CacheDirectory.open(str(self.path / "cache"), "volume") if self.cached else None,
-            cache_limits=self.cache_limits,
+            cache=(CacheDirectory.open(str(self.path / "cache"), "volume"), self.cache_limits) if self.cached else None,
         )
         await self.files.recover()
 

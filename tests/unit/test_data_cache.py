@@ -623,7 +623,7 @@ def test_room_that_others_need_is_left(tmp_path: Path) -> None:
                 await cached(volume).cache._evicting
         assert cache_files(tmp_path) == []
 
-    run(tmp_path, work, CacheLimits(free=1 << 60))
+    run(tmp_path, work, CacheLimits(size=1 << 40, free=1 << 60))
 
 
 def test_a_full_disk_costs_only_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ class Usage(msgspec.Struct, frozen=True):
 class CacheDirectory:
     """Made by ``open``. One process at a time may use a cache directory."""
 
-    def __init__(self, path: str, volume: str, lock: int) -> None:
+    def __init__(self, path: str, volume: str, lock: OpenFile) -> None:
         self.path = path
         self._volume = volume
         self._lock = lock
@@ -98,26 +98,21 @@ class CacheDirectory:
         to do: EINVAL when it is another volume's, EBUSY when another process uses it, EOPNOTSUPP when its file system
         does not keep account of single blocks, and what making it may raise."""
         os.makedirs(os.path.join(path, "files"), mode=0o700, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = OpenFile(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(
-                    errno.EBUSY, f"the cache directory {path} is in use by another process: give another --cache-dir"
-                ) from None
-            directory = cls(path, volume, lock)
-            state = directory._read_state()
-            if state is not None and state.volume != volume:
-                raise OSError(
-                    errno.EINVAL,
-                    f"the cache directory {path} belongs to volume {state.volume}: give another --cache-dir, or remove "
-                    "it",
-                )
-            directory._probe()
-        except BaseException:
-            os.close(lock)
-            raise
+            fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                errno.EBUSY, f"the cache directory {path} is in use by another process: give another --cache-dir"
+            ) from None
+        directory = cls(path, volume, lock)
+        state = directory._read_state()
+        if state is not None and state.volume != volume:
+            raise OSError(
+                errno.EINVAL,
+                f"the cache directory {path} belongs to volume {state.volume}: give another --cache-dir, or remove it",
+            )
+        directory._probe()
         return directory
 
     def begin(self, previous: int, writer: int) -> None:
@@ -138,7 +133,7 @@ class CacheDirectory:
             return "it has no readable state"
         if state.writer != previous:
             return "the volume has been mounted without it"
-        if state.directory != os.fstat(self._lock).st_ino:
+        if state.directory != os.fstat(self._lock.fd).st_ino:
             return "it is a copy"
         if not state.clean and state.boot != _boot_id():
             return "the machine went down while it was in use"
@@ -158,7 +153,7 @@ class CacheDirectory:
         except OSError as error:
             log.warning("the cache in %s is not kept over a restart of the machine: %s", self.path, error.strerror)
         finally:
-            os.close(self._lock)
+            fcntl.flock(self._lock.fd, fcntl.LOCK_UN)
 
     def _read_state(self) -> _State | None:
         try:
@@ -169,7 +164,7 @@ class CacheDirectory:
         return state if state.format == _FORMAT else None
 
     def _write_state(self, *, clean: bool) -> None:
-        inode = os.fstat(self._lock).st_ino
+        inode = os.fstat(self._lock.fd).st_ino
         state = _State(_FORMAT, self._volume, self._writer, _boot_id(), clean, inode)
         replace_file(self._state_path, msgspec.json.encode(state))
 
@@ -278,7 +273,7 @@ class CacheDirectory:
                 grown += os.fstat(replica.fd).st_blocks * 512
             else:
                 grown += self._copy(ino, pieces, size)
-        free = os.fstatvfs(self._lock)
+        free = os.fstatvfs(self._lock.fd)
         return grown, free.f_bavail * free.f_frsize
 
     def _copy(self, ino: int, pieces: Sequence[DataPiece], size: int) -> int:

@@ -51,9 +51,9 @@ _PAUSE: Final = 10.0
 
 
 class CacheLimits(msgspec.Struct, frozen=True):
-    size: int = 100 << 30
+    size: int
     """Bytes that the cache may take."""
-    free: int = 1 << 30
+    free: int
     """Bytes that it leaves free on its file system."""
 
 
@@ -347,7 +347,7 @@ class ContentCache(Generic[R]):
                     file.valid.remove(start, end)
             for file in files:
                 await file.quiet()
-            freed, removed = await self._run(self._directory.invalidate, list(blocks.items()))
+            freed, removed = await _to_its_end(self._run(self._directory.invalidate, list(blocks.items())))
             self.bytes -= freed
             for file in files:
                 if file.ino in removed:
@@ -440,6 +440,15 @@ class ContentCache(Generic[R]):
                 await self._remove(chosen)
             if self.bytes <= self._target:
                 break
+
+
+async def _to_its_end(work: asyncio.Future[T]) -> T:
+    """What a thread does, waited for even by who is cancelled: nobody may rely on anything before."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
 
 
 def _whole_blocks(start: int, end: int) -> Range:

@@ -1,0 +1,37 @@
+"""The POSIX suite on a volume whose contents are in S3: the part of it that is about contents, and all under stress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rawfuse.testing.fixtures import make_scratch, run_root, run_target
+from rawfuse.testing.target import Target, TargetSpec
+from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import STRESS, fsck_command, polefs_command
+from tests.s3.server import SeaweedServer
+from tests.s3.volumes import polefs
+
+POLEFS_S3 = TargetSpec(
+    "polefs-s3", polefs_command("{scratch}/volume", "{mountpoint}"), check=fsck_command("{scratch}/volume")
+)
+
+_ABOUT_METADATA = "acl attributes bigdirs errors locks namespace permissions statfs_times xattr"
+collect_ignore = [] if STRESS else [f"test_{name}.py" for name in _ABOUT_METADATA.split()]
+
+
+@pytest.fixture(scope="module")
+def target(s3_server: SeaweedServer, fuse_watchdog: Watchdog) -> Iterator[Target]:
+    """A volume in the bucket, mounted once a module; it must unmount cleanly and pass fsck."""
+    scratch = make_scratch(POLEFS_S3.name)
+    place = s3_server.new_place()
+    polefs("format", "--store", place.url, "--endpoint", place.endpoint, scratch / "volume")
+    yield from run_target(Target(POLEFS_S3, scratch, fuse_watchdog))
+
+
+@pytest.fixture
+def root(target: Target, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A fresh directory on it, with mode 755 and owned by root."""
+    yield from run_root(target, request)

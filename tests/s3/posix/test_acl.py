@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_acl import *  # noqa: F403

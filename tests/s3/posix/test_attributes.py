@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_attributes import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_bigdirs import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_data import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_errors import *  # noqa: F403

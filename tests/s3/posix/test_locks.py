@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_locks import *  # noqa: F403

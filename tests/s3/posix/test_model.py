@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_model import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_namespace import *  # noqa: F403

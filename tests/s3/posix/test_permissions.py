@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_permissions import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_sparse import *  # noqa: F403

@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_unlinked import *  # noqa: F403

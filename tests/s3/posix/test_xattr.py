@@ -1,0 +1,1 @@
+from rawfuse.testing.posix.test_xattr import *  # noqa: F403
