@@ -112,7 +112,7 @@ class FramedSegments:
                     log.warning("%s; fetching it again", error.strerror)
         raise AssertionError("not reached")
 
-    def _decoded(self, table: FrameTable, first: int, last: int, stored: bytes) -> Awaitable[list[Buffer]]:
+    def _decoded(self, table: FrameTable, first: int, last: int, stored: Buffer) -> Awaitable[list[Buffer]]:
         return asyncio.get_running_loop().run_in_executor(
             self._threads, _decode, self._codec, table, first, last, stored
         )
@@ -129,7 +129,7 @@ class FramedSegments:
         self._frames += len(table)
 
 
-def _decode(codec: Codec, table: FrameTable, first: int, last: int, stored: bytes) -> list[Buffer]:
+def _decode(codec: Codec, table: FrameTable, first: int, last: int, stored: Buffer) -> list[Buffer]:
     view = memoryview(stored)
     base = table.stored_start(first)
     return [

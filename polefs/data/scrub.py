@@ -99,7 +99,7 @@ async def _broken(objects: ObjectStore, codec: Codec, table: FrameTable) -> list
     return found
 
 
-def _broken_frames(codec: Codec, table: FrameTable, first: int, last: int, stored: bytes) -> list[Problem]:
+def _broken_frames(codec: Codec, table: FrameTable, first: int, last: int, stored: bytes | memoryview) -> list[Problem]:
     found = []
     view = memoryview(stored)
     base = table.stored_start(first)

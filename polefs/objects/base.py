@@ -44,7 +44,7 @@ class ObjectStore(Protocol):
         never changes that file's bytes again. False when it cannot: the caller then uses ``put``."""
         ...
 
-    async def get(self, key: str, offset: int, length: int) -> bytes:
+    async def get(self, key: str, offset: int, length: int) -> bytes | memoryview:
         """Exactly ``length`` bytes at ``offset``. EIO when the object is shorter."""
         ...
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 from polefs.objects.base import UNLIMITED, ObjectInfo, Space
 from polefs.objects.location import S3Location
 from polefs.objects.s3errors import AnswerError, StoreError, explain
-from polefs.objects.s3http import CONNECT_SECONDS, SILENCE_SECONDS, Buffer, Plane, checksum_of
+from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS
+from polefs.objects.s3http import Buffer, DataPlane, checksum_of
 from polefs.objects.s3multipart import MULTIPART_ABOVE, MultipartPut
 from polefs.objects.s3operate import DEADLINE, Operator
 
@@ -34,7 +35,7 @@ class S3Store:
         self,
         location: S3Location,
         client: S3Client,
-        plane: Plane,
+        plane: DataPlane,
         resources: contextlib.AsyncExitStack,
         deadline: float,
     ) -> None:
@@ -86,7 +87,7 @@ class S3Store:
                     )
                 )
                 credentials = await session.get_credentials()
-                plane = await Plane.open(client, credentials, config, location.bucket, ca_bundle, connections)
+                plane = await DataPlane.open(client, credentials, config, location.bucket, ca_bundle, connections)
                 resources.push_async_callback(plane.close)
             except Exception as error:
                 raise explain(error, location.url) from error
@@ -117,14 +118,13 @@ class S3Store:
     async def adopt(self, key: str, path: str) -> bool:
         return False
 
-    async def get(self, key: str, offset: int, length: int) -> bytes:
+    async def get(self, key: str, offset: int, length: int) -> bytes | memoryview:
         if not length:
             return b""
         name = self.location.key(key)
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
 
-        async def attempt() -> bytes:
-            answer = await self._plane.request("GET", name, headers, limit=length)
+        async def attempt() -> bytes | memoryview:
+            answer = await self._plane.get(name, offset, length)
             if answer.status != 206:
                 raise StoreError(errno.EOPNOTSUPP, f"{self._url(key)}: the server does not know ranged GETs")
             return answer.body
@@ -137,11 +137,11 @@ class S3Store:
     def get_now(self, key: str, offset: int, length: int) -> None:
         return None
 
-    async def read(self, key: str, limit: int) -> bytes:
+    async def read(self, key: str, limit: int) -> bytes | memoryview:
         """The whole object, or its first ``limit`` bytes."""
         name = self.location.key(key)
 
-        async def attempt() -> bytes:
+        async def attempt() -> bytes | memoryview:
             return (await self._plane.request("GET", name, {}, limit=limit)).body
 
         return await self._operator.run(attempt, self._url(key), limit)

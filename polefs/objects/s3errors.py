@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Final
@@ -11,6 +12,8 @@ from typing import Final
 import aiohttp
 import botocore.exceptions as boto
 import msgspec
+
+from polefs.objects.s3fetch import BrokenAnswer, ConnectError
 
 _KEYS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws/credentials"
 
@@ -167,33 +170,26 @@ def _explain_botocore(error: boto.BotoCoreError, url: str) -> OSError:
 
 def _explain_transport(error: Exception, url: str) -> OSError:
     match error:
-        case aiohttp.ClientConnectorCertificateError() | ssl.SSLCertVerificationError():
-            return StoreError(
-                errno.EPROTO,
-                f"{url}: the server's certificate is not trusted ({_reason(error)}): give --ca-bundle FILE or set "
-                "AWS_CA_BUNDLE",
-            )
-        case aiohttp.ClientConnectorSSLError() | ssl.SSLError():
-            return StoreError(
-                errno.EPROTO, f"{url}: no TLS connection ({_reason(error)}): check https:// or http:// in --endpoint"
-            )
-        case aiohttp.ClientConnectorDNSError():
-            return StoreError(
-                errno.EHOSTUNREACH, f"{url}: unknown host {error.host}: check --endpoint and DNS", transient=True
-            )
+        case ConnectError():
+            assert isinstance(error.__cause__, OSError)
+            return _explain_connecting(error.__cause__, error.host, error.port, url)
+        case aiohttp.ClientConnectorCertificateError():
+            cause = error.certificate_error
+            assert isinstance(cause, OSError)
+            return _explain_connecting(cause, error.host, error.port or 0, url)
         case aiohttp.ClientConnectorError():
-            number = error.errno or errno.ECONNREFUSED
-            where = f"{error.host}:{error.port} ({os.strerror(number)})"
-            return StoreError(
-                number, f"{url}: cannot connect to {where}: check that it runs, and --endpoint", transient=True
-            )
+            return _explain_connecting(error.os_error, error.host, error.port or 0, url)
+        case BrokenAnswer():
+            if error.errno == errno.EPROTO:
+                return _no_http(url)
+            return StoreError(errno.ECONNRESET, f"{url}: connection lost: {error.strerror}", transient=True)
         case TimeoutError():
             return StoreError(errno.ETIMEDOUT, f"{url}: the server does not answer in time", transient=True)
         case OSError():
             number = error.errno or errno.ECONNRESET
             return StoreError(number, f"{url}: connection lost: {os.strerror(number)}", transient=True)
         case aiohttp.ClientResponseError():
-            return StoreError(errno.EPROTO, f"{url}: the answer is no HTTP: check --endpoint", transient=True)
+            return _no_http(url)
         case aiohttp.ClientPayloadError():
             return StoreError(errno.ECONNRESET, f"{url}: connection lost: the answer broke off", transient=True)
         case aiohttp.ClientError():
@@ -201,6 +197,21 @@ def _explain_transport(error: Exception, url: str) -> OSError:
     raise error
 
 
-def _reason(error: Exception) -> str:
-    cause = error.certificate_error if isinstance(error, aiohttp.ClientConnectorCertificateError) else error
-    return getattr(cause, "verify_message", "") or getattr(cause, "reason", "") or str(cause)
+def _no_http(url: str) -> OSError:
+    return StoreError(errno.EPROTO, f"{url}: the answer is no HTTP: check --endpoint", transient=True)
+
+
+def _explain_connecting(cause: OSError, host: str, port: int, url: str) -> OSError:
+    match cause:
+        case ssl.SSLCertVerificationError():
+            text = f"the server's certificate is not trusted ({cause.verify_message})"
+            return StoreError(errno.EPROTO, f"{url}: {text}: give --ca-bundle FILE or set AWS_CA_BUNDLE")
+        case ssl.SSLError():
+            text = f"no TLS connection ({cause.reason}): check https:// or http:// in --endpoint"
+            return StoreError(errno.EPROTO, f"{url}: {text}")
+        case socket.gaierror():
+            text = f"unknown host {host}: check --endpoint and DNS"
+            return StoreError(errno.EHOSTUNREACH, f"{url}: {text}", transient=True)
+    number = cause.errno or errno.ETIMEDOUT
+    where = f"{host}:{port} ({os.strerror(number)})"
+    return StoreError(number, f"{url}: cannot connect to {where}: check that it runs, and --endpoint", transient=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from botocore.exceptions import ClientError
 
-from polefs.objects.s3http import Buffer, Plane, checksum_of
+from polefs.objects.s3http import Buffer, DataPlane, checksum_of
 from polefs.objects.s3operate import Operator
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ _ABORT_SECONDS: Final = 10.0
 class MultipartPut:
     """One object, ``name`` in ``bucket``; ``url`` is it for people."""
 
-    def __init__(self, client: S3Client, plane: Plane, operator: Operator, bucket: str, name: str, url: str) -> None:
+    def __init__(
+        self, client: S3Client, plane: DataPlane, operator: Operator, bucket: str, name: str, url: str
+    ) -> None:
         self._client = client
         self._plane = plane
         self._operator = operator

@@ -67,13 +67,23 @@ class Operator:
 
         try:
             async with asyncio.timeout(patience):
-                result: T = await self._retrying(explained)
+                result = await self._persist(explained)
         except TimeoutError:
             text = f"{url}: no answer in {patience:.0f} s: check the network and --endpoint"
             raise last or StoreError(errno.ETIMEDOUT, text, transient=True) from None
         if self._troubled:
             self._troubled = False
             log.warning("%s serves again", self._name)
+        return result
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await attempt()
+        except StoreError as error:
+            if not error.transient:
+                raise
+        # Once more without a pause, as after a connection that the server had closed; then with growing ones.
+        result: T = await self._retrying(attempt)
         return result
 
     def _note_trouble(self, state: RetryCallState) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
+import uvloop
 
 from polefs.objects.base import ObjectInfo
 from polefs.objects.location import S3Location, parse_url
@@ -36,7 +37,8 @@ def use(place: Place | S3Location, work: Callable[[S3Store], Awaitable[T]], *, d
             finally:
                 await store.close()
 
-    return asyncio.run(main())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the daemon has it
+        return runner.run(main())
 
 
 async def all_of(found: AsyncIterator[ObjectInfo]) -> dict[str, int]:
