@@ -12,7 +12,7 @@ venv := $(CURDIR)/.venv
 python := $(venv)/bin/python
 polefs := $(venv)/bin/polefs
 stamp := $(venv)/.installed
-sources := pyproject.toml setup.py $(wildcard rawfuse/_*.py rawfuse/_*.cdef rawfuse/_helpers.c rawfuse/_uring.c rawfuse/_fast.c)
+sources := pyproject.toml setup.py $(wildcard rawfuse/_*.py rawfuse/_*.cdef rawfuse/_helpers.c rawfuse/_uring.c rawfuse/_fast.c rawfuse/_replies.h)
 
 .PHONY: help
 help: ## show this
@@ -46,6 +46,20 @@ test: $(stamp) ## unit tests, and tests on real mounts (as root)
 stress: $(stamp) ## the same tests, longer and bigger
 	@.ci/prepare test
 	POLEFS_STRESS=1 "$(python)" -m pytest -q
+
+sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g
+sanitized := build/sanitized
+
+.PHONY: sanitize
+sanitize: $(stamp) ## unit tests of rawfuse, its compiled parts built with AddressSanitizer and UBSan
+	rm -rf $(sanitized)
+	mkdir -p $(sanitized)
+	cp -r rawfuse tests pyproject.toml setup.py README.md $(sanitized)
+	rm -f $(sanitized)/rawfuse/*.so
+	cd $(sanitized) && CFLAGS="$(sanitizers)" LDFLAGS="$(sanitizers)" "$(python)" setup.py --quiet build_ext --inplace
+	cd $(sanitized) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 PYTHONMALLOC=malloc \
+	    "$(python)" -m pytest -q -p no:cacheprovider tests/unit/test_rawfuse_*.py
 
 .PHONY: lint
 lint: $(stamp) ## ruff and mypy

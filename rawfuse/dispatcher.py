@@ -313,7 +313,7 @@ class Dispatcher:
             error = errno.EINTR if interrupted else errno.EIO
         elif isinstance(failure, TimeoutError) and failure.errno is None:
             error = errno.ETIMEDOUT
-        elif isinstance(failure, OSError) and failure.errno is not None and 0 < failure.errno <= MAX_ERRNO:
+        elif isinstance(failure, OSError) and isinstance(failure.errno, int) and 0 < failure.errno <= MAX_ERRNO:
             error = failure.errno
             if error == errno.ENOSYS:
                 # The kernel would remember it and never ask again.

@@ -36,6 +36,7 @@ Encoder = Callable[[Any, Any], Message]
 _HEAD = "IiQ"
 _head_size = OUT_HEADER.size
 _MOST_PARTS = os.sysconf("SC_IOV_MAX")
+_UNBOUNDED = (1 << 31) - 1
 _pack_head = OUT_HEADER.pack
 
 
@@ -138,7 +139,7 @@ def read_data(op: ops.ReadFile, result: ReadResult) -> Message:
 
 
 def link_target(op: ops.ReadSymlink, target: bytes) -> Message:
-    return _pack_head(_head_size + len(target), 0, op.unique) + target
+    return _limited(_UNBOUNDED, op, [target])
 
 
 def directory(op: ops.ReadDir, records: DirectoryBuffer | DirectoryPlusBuffer) -> Message:
@@ -149,11 +150,12 @@ _GETXATTR_OUT = struct.Struct("=" + _HEAD + Codec("fuse_getxattr_out").format)
 
 
 def xattr_value(op: ops.GetXattr | ops.ListXattr, value: bytes) -> Message:
+    data = memoryview(value).cast("B")
     if op.size == 0:
-        return _GETXATTR_OUT.pack(_GETXATTR_OUT.size, 0, op.unique, len(value))
-    if len(value) > op.size:
+        return _GETXATTR_OUT.pack(_GETXATTR_OUT.size, 0, op.unique, len(data))
+    if len(data) > op.size:
         raise FuseError(errno.ERANGE)
-    return _pack_head(_head_size + len(value), 0, op.unique) + value
+    return _pack_head(_head_size + len(data), 0, op.unique) + data
 
 
 def xattr_names(op: ops.ListXattr, names: list[bytes]) -> Message:

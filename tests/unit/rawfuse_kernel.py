@@ -110,7 +110,14 @@ class Kernel:
         self._ends[channel].send(request(Opcode.INTERRUPT, body, unique=unique | 1, nodeid=0))
 
     async def reply(self, channel: int = 0) -> Reply:
-        data = await asyncio.to_thread(self._ends[channel].recv, 1 << 20)
+        return (await self.replies(1, channel))[0]
+
+    async def replies(self, count: int, channel: int = 0) -> list[Reply]:
+        """The next ones, in the order in which they come."""
+        return await asyncio.to_thread(lambda: [self._receive(channel) for _ in range(count)])
+
+    def _receive(self, channel: int) -> Reply:
+        data = self._ends[channel].recv(1 << 20)
         length, error, unique = OUT_HEADER.unpack_from(data)
         assert length == len(data)
         return Reply(unique, -error, data[OUT_HEADER.size :])

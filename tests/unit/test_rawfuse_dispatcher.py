@@ -269,6 +269,19 @@ class TestWaiting:
                 assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == 0
 
     @on_both_loops
+    async def test_cancelling_oneself_does_not_touch_the_next_request(self) -> None:
+        async def script(op: ops.Op) -> None:
+            if op.unique == 2:
+                task = asyncio.current_task()
+                assert task is not None and task.cancel()
+                return
+            await asyncio.sleep(0)
+
+        async with served(Scripted(script)) as kernel:
+            for _ in range(3):
+                assert (await kernel.call(Opcode.GETATTR, GETATTR)).error == 0
+
+    @on_both_loops
     async def test_timeout_is_caught_inside(self) -> None:
         async def script(op: ops.Op) -> None:
             with pytest.raises(TimeoutError):
