@@ -67,6 +67,11 @@ lint: $(stamp) ## ruff and mypy
 	"$(venv)/bin/ruff" format --check .
 	"$(venv)/bin/mypy"
 
+.PHONY: docs
+docs: $(stamp) ## write docs/rawfuse/reference.md from the docstrings
+	"$(python)" docs/make_reference.py > docs/rawfuse/reference.md.new
+	@mv docs/rawfuse/reference.md.new docs/rawfuse/reference.md
+
 .PHONY: bench
 bench: $(stamp) ## measure polefs against its peers: bench/README.md
 	"$(python)" -m bench.compare $(BENCH_ARGS)

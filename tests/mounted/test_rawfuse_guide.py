@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from rawfuse.testing.target import LACKS
 from tests.mounted.targets import REPOSITORY
 
 GUIDE = "docs/rawfuse/guide.md"
+PORTING = "docs/rawfuse/coming-from-pyfuse3-and-fusepy.md"
 _PROGRAM = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```$", re.M | re.S)
 
 
@@ -49,6 +51,13 @@ def guide(tmp_path: Path, fuse_mount: FuseMount) -> Page:
     return page
 
 
+@pytest.fixture
+def porting(tmp_path: Path, fuse_mount: FuseMount) -> Page:
+    page = Page(tmp_path, fuse_mount)
+    page.write(PORTING)
+    return page
+
+
 def finish(server: Server) -> None:
     server.unmount()
     assert server.log_since(0) == ""
@@ -56,6 +65,7 @@ def finish(server: Server) -> None:
 
 def test_every_program_is_tested() -> None:
     assert programs(GUIDE).keys() == {"hello.py", "notes.py", "clock.py", "mirror.py", "test_notes.py"}
+    assert programs(PORTING).keys() == {"paths.py", "zipfs.py"}
 
 
 def test_what_file_systems_may_lack_is_documented() -> None:
@@ -145,3 +155,41 @@ def test_its_test(guide: Page) -> None:
         check=True,
         timeout=50,
     )
+
+
+def test_zip(porting: Page, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub" / "deep").mkdir(parents=True)
+    (source / "large").write_text("text" * 100_000)
+    (source / "sub" / "small").write_text("small")
+    (source / "sub" / "deep" / "empty").touch()
+    archive = tmp_path / "archive.zip"
+    subprocess.run([sys.executable, "-m", "zipfile", "-c", archive, "large", "sub"], cwd=source, check=True, timeout=50)
+    server = porting.serve("zipfs.py", archive)
+    subprocess.run(["diff", "-r", source, server.mountpoint], check=True, timeout=50)
+    with fails(errno.ENOENT):
+        (server.mountpoint / "sub" / "other").stat()
+    finish(server)
+
+
+def test_paths(porting: Page) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(programs(PORTING)["paths.py"], "paths.py", "exec"), names)
+    paths = names["Paths"]()
+    top = paths.known(paths.path(1, b"d"))
+    low = paths.known(paths.path(top, b"f"))
+    assert (paths.path(low), paths.known(b"/d/f")) == (b"/d/f", low)
+    paths.renamed(b"/d", b"/e")
+    assert (paths.path(top), paths.path(low)) == (b"/e", b"/e/f")
+    paths.removed(b"/e/f")
+    again = paths.known(b"/e/f")
+    assert again != low
+    assert paths.path(low) == b"/e/f"
+    paths.forget(low, 1)
+    assert paths.path(low) == b"/e/f"
+    paths.forget(low, 1)
+    with fails(errno.ESTALE):
+        paths.path(low)
+    assert paths.known(b"/e/f") == again
+    paths.forget(again, 2)
+    assert paths.known(b"/e/f") not in (low, again)
