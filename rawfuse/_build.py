@@ -35,6 +35,7 @@ long rawfuse_read_soon(int fd, void *buffer, size_t size, long nanoseconds);
 long rawfuse_write(int fd, const void *buffer, size_t size);
 int rawfuse_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
 int rawfuse_umount(const char *target, int flags);
+int rawfuse_unshare(int flags);
 int rawfuse_interrupt(unsigned long thread);
 
 #define RING_NO_ENTRY ...

@@ -23,6 +23,12 @@ static int rawfuse_umount(const char *target, int flags)
     return umount2(target, flags) < 0 ? -errno : 0;
 }
 
+/* Of the calling thread and those that it starts; CLONE_NEWUSER of a process with one thread only. */
+static int rawfuse_unshare(int flags)
+{
+    return unshare(flags) < 0 ? -errno : 0;
+}
+
 static void rawfuse_wake_up(int signal)
 {
     (void)signal;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -166,4 +167,5 @@ def _escaped(text: str) -> str:
 
 
 def _unescaped(text: bytes) -> bytes:
-    return text.decode("unicode_escape", errors="surrogateescape").encode("latin-1", errors="surrogateescape")
+    """Space, tab, newline and backslash stand in mountinfo as three octal digits (proc_namespace.c: mangle)."""
+    return re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), text)

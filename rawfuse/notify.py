@@ -38,7 +38,7 @@ _PRUNE = Codec("fuse_notify_prune_out")
 _EXPIRE_ONLY: int = lib.FUSE_EXPIRE_ONLY
 _NOT_CACHED = (errno.ENOENT, errno.ENOTDIR)
 
-_EPOCH_MINOR, _PRUNE_MINOR = 44, 45
+EPOCH_MINOR, PRUNE_MINOR = 44, 45
 
 
 class Notifier:
@@ -117,12 +117,12 @@ class Notifier:
     async def increment_epoch(self) -> None:
         """INC_EPOCH: have every name, positive and negative, looked up again at its next use. Takes no lock. An inode
         that nobody has open goes with its name then, and with it its attributes, pages and listing."""
-        self._need(_EPOCH_MINOR, "increment the epoch")
+        self._need(EPOCH_MINOR, "increment the epoch")
         await self._send(NotifyCode.INC_EPOCH)
 
     async def prune(self, inos: Sequence[int]) -> None:
         """PRUNE: drop dentries and inodes of these that nobody uses; FORGETs follow. Takes no directory lock."""
-        self._need(_PRUNE_MINOR, "prune inodes")
+        self._need(PRUNE_MINOR, "prune inodes")
         await self._send(NotifyCode.PRUNE, _PRUNE.pack(len(inos)), struct.pack(f"={len(inos)}Q", *inos))
 
     def _need(self, minor: int, what: str) -> None:

@@ -81,7 +81,6 @@ class Session:
             raise
 
     async def _mount(self) -> None:
-        loop = asyncio.get_running_loop()
         if privileged():
             device = Device.open()
             transport = Transport(device, self.settings)
@@ -103,17 +102,30 @@ class Session:
                     await asyncio.to_thread(unmount, self.mountpoint, lazy=True)
                 raise
         self._transport, self.agreement = transport, agreement
+        try:
+            self._begin(transport, agreement)
+            await asyncio.to_thread(raise_read_ahead, self.mountpoint, agreement.max_readahead)
+        except BaseException:
+            if self._dispatcher is not None:
+                self._dispatcher.end(errno.ENODEV)
+            with contextlib.suppress(FuseError):
+                await asyncio.to_thread(unmount, self.mountpoint, lazy=True)
+            transport.close()
+            raise
+
+    def _begin(self, transport: Transport, agreement: Agreement) -> None:
+        """Serve from here on."""
         for flag, why in agreement.refused.items():
             log.debug("INIT: no %s: %s", flag.name, why)
+        loop = asyncio.get_running_loop()
         channels = transport.open(agreement, loop)
         log.debug("%s: transport: %s", self.mountpoint, transport.used)
-        self.notifier = Notifier(device, agreement)
-        backing = BackingFiles(device) if agreement.flags & InitFlag.PASSTHROUGH else None
+        self.notifier = Notifier(transport.device, agreement)
+        backing = BackingFiles(transport.device) if agreement.flags & InitFlag.PASSTHROUGH else None
         self._dispatcher = Dispatcher(
             channels, self.filesystem, agreement, self.settings, loop, self.notifier, backing, self._trace
         )
         self._dispatcher.start()
-        await asyncio.to_thread(raise_read_ahead, self.mountpoint, agreement.max_readahead)
 
     def _mount_directly(self, device: Device, exchange: _InitExchange) -> Agreement:
         if not device.synchronous_init():

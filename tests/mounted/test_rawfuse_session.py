@@ -387,6 +387,24 @@ asyncio.run(main())
 """
         assert str(scratch / "mnt") in self.run(sys.executable, "-c", code, scratch / "mnt")
 
+    def test_failure_behind_the_mount(self, scratch: Path) -> None:
+        (scratch / "mnt").mkdir()
+        code = """
+import asyncio, sys
+import rawfuse.session
+from examples.hello import Hello
+def fail(*_):
+    raise OSError(5, "something failed")
+rawfuse.session.raise_read_ahead = fail
+async def main():
+    try:
+        await rawfuse.Session(Hello(), sys.argv[1]).mount()
+    except OSError as error:
+        sys.exit(str(error))
+asyncio.run(main())
+"""
+        assert "something failed" in self.run(sys.executable, "-c", code, scratch / "mnt")
+
     def test_without_privilege_on_a_foreign_directory(self, scratch: Path) -> None:
         (scratch / "mnt").mkdir(mode=0o700)
         assert "fusermount3" in self.run(*as_nobody(), *example("hello", scratch / "mnt"))
