@@ -12,7 +12,7 @@ venv := $(CURDIR)/.venv
 python := $(venv)/bin/python
 polefs := $(venv)/bin/polefs
 stamp := $(venv)/.installed
-sources := pyproject.toml setup.py $(wildcard rawfuse/_*.py rawfuse/_*.cdef rawfuse/_helpers.c rawfuse/_uring.c rawfuse/_fast.c rawfuse/_replies.h)
+sources := pyproject.toml setup.py $(wildcard rawfuse/_*.py rawfuse/_*.cdef rawfuse/_helpers.c rawfuse/_uring.h rawfuse/_fast.c rawfuse/_replies.h)
 
 .PHONY: help
 help: ## show this

@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 FAST = Extension(
     "rawfuse._fast",
     ["rawfuse/_fast.c"],
-    depends=["rawfuse/_structs.cdef", "rawfuse/_replies.h"],
+    depends=["rawfuse/_structs.cdef", "rawfuse/_replies.h", "rawfuse/_uring.h"],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-cast-function-type"],
 )
 

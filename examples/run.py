@@ -27,12 +27,7 @@ def main(
         add_arguments(parser)
     parser.add_argument("mountpoint")
     parser.add_argument("--trace", metavar="FILE", help="write a line per request and reply ('-': standard error)")
-    parser.add_argument(
-        "--transport",
-        choices=get_args(TransportName),
-        default=os.environ.get("RAWFUSE_TRANSPORT", Settings.transport),
-        help="see rawfuse.Settings (default: $RAWFUSE_TRANSPORT, or %(default)s)",
-    )
+    parser.add_argument("--transport", choices=get_args(TransportName), default=Settings.transport)
     parser.add_argument("--asyncio", action="store_true", help="run on asyncio's own event loop instead of uvloop")
     parser.add_argument("--debug", action="store_true")
     arguments = parser.parse_args()

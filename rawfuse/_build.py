@@ -9,7 +9,7 @@ from cffi import FFI
 _HERE = Path(__file__).resolve().parent
 _STRUCTS = (_HERE / "_structs.cdef").read_text()
 _HELPERS = (_HERE / "_helpers.c").read_text()
-_URING = (_HERE / "_uring.c").read_text()
+_URING = (_HERE / "_uring.h").read_text()
 
 _INCLUDES = """
 #include <errno.h>
@@ -38,7 +38,6 @@ int rawfuse_umount(const char *target, int flags);
 int rawfuse_unshare(int flags);
 int rawfuse_interrupt(unsigned long thread);
 
-#define RING_NO_ENTRY ...
 struct rawfuse_ring;
 int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload, struct rawfuse_ring **result);
 void rawfuse_ring_close(struct rawfuse_ring *ring);
@@ -51,7 +50,7 @@ int rawfuse_ring_may_wait(const struct rawfuse_ring *ring);
 int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds);
 int rawfuse_ring_find(struct rawfuse_ring *ring, uint64_t unique);
 int rawfuse_ring_commit(struct rawfuse_ring *ring, int index, const char *header, size_t size);
-int rawfuse_ring_reply(struct rawfuse_ring *ring, uint64_t unique, const char *message, size_t size);
+unsigned rawfuse_ring_held(const struct rawfuse_ring *ring);
 int rawfuse_ring_flush(struct rawfuse_ring *ring);
 """
 

@@ -13,16 +13,23 @@
 #include <structmember.h>
 
 #include <errno.h>
+#include <linux/io_uring.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "_structs.cdef"
 #include "_replies.h"
+
+#include "_uring.h"
 
 enum {
     OPCODES = 64,
@@ -63,14 +70,18 @@ struct request {
 
 typedef struct {
     PyObject_HEAD
-    int fd;
+    int fd;                    /* where requests come from, or ... */
+    struct rawfuse_ring *ring; /* ... this one, made and owned by Python code */
+    PyObject *views;           /* list: the memory of each entry of the ring */
     int left;              /* requests until run returns */
     unsigned int in_place; /* data of a WRITE up to this size are copied */
     bool running;          /* run is on the stack */
     bool reading;          /* into the buffer, without the interpreter lock */
     bool entered;          /* asyncio.current_task() is `task` */
-    Py_buffer buffer;
+    Py_buffer buffer;      /* of the descriptor */
     PyObject *view;        /* the memoryview of it */
+    char *message;         /* the request being served, in the buffer or in an entry of the ring */
+    PyObject *memory;      /* borrowed: the memoryview that it lies in */
     PyObject *server, *channel, *loop;
     PyObject *waiting;     /* dict: requests in flight by their ids */
     PyObject *task;        /* the Running of first steps; a handler that waits keeps it */
@@ -83,10 +94,29 @@ static PyObject *enter, *leave; /* asyncio.tasks._enter_task, _leave_task */
 
 /* System calls: a length or -errno */
 
+/* Of a ring, what rawfuse_ring_next says, but -EAGAIN for nothing. */
+static long next_request(FastPath *path, long nanoseconds)
+{
+    int64_t found = rawfuse_ring_next(path->ring, 0);
+    if (found == 0 && nanoseconds > 0) {
+        Py_BEGIN_ALLOW_THREADS
+        found = rawfuse_ring_next(path->ring, nanoseconds);
+        Py_END_ALLOW_THREADS
+    }
+    if (found > 0) {
+        path->message = rawfuse_ring_message(path->ring, found >> 32);
+        path->memory = PyList_GET_ITEM(path->views, found >> 32);
+    }
+    return found == 0 ? -EAGAIN : found;
+}
+
 static long read_request(FastPath *path, long nanoseconds)
 {
     struct timespec start, now;
-    ssize_t n = read(path->fd, path->buffer.buf, path->buffer.len);
+    ssize_t n;
+    if (path->ring != NULL)
+        return next_request(path, nanoseconds);
+    n = read(path->fd, path->buffer.buf, path->buffer.len);
     if (n < 0 && errno == EAGAIN && nanoseconds > 0) {
         path->reading = true;
         Py_BEGIN_ALLOW_THREADS
@@ -107,10 +137,26 @@ static long read_request(FastPath *path, long nanoseconds)
     return n < 0 ? -errno : n;
 }
 
+static long put_reply(FastPath *path, const void *header, const void *body, Py_ssize_t size)
+{
+    uint64_t unique = ((const struct fuse_out_header *)header)->unique;
+    int error;
+    if (size < WITHOUT_LOCK) {
+        error = rawfuse_ring_reply(path->ring, unique, header, body, size);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        error = rawfuse_ring_reply(path->ring, unique, header, body, size);
+        Py_END_ALLOW_THREADS
+    }
+    return error < 0 ? error : (long)sizeof(struct fuse_out_header) + size;
+}
+
 static long write_message(FastPath *path, uint64_t unique, int error, struct message *message, Py_ssize_t body)
 {
     ssize_t length = (ssize_t)sizeof(message->header) + body;
     message->header = (struct fuse_out_header){ .len = (uint32_t)length, .error = -error, .unique = unique };
+    if (path->ring != NULL)
+        return put_reply(path, message, &message->entry, body);
     return write(path->fd, message, length) < 0 ? -errno : length;
 }
 
@@ -119,6 +165,8 @@ static long write_data(FastPath *path, uint64_t unique, const Py_buffer *data)
     struct fuse_out_header header = { .len = (uint32_t)(sizeof(header) + data->len), .unique = unique };
     struct iovec parts[2] = { { &header, sizeof(header) }, { data->buf, (size_t)data->len } };
     ssize_t n;
+    if (path->ring != NULL)
+        return put_reply(path, &header, data->buf, data->len);
     if (data->len < WITHOUT_LOCK) {
         n = writev(path->fd, parts, 2);
     } else {
@@ -148,8 +196,8 @@ static PyObject *data_view(FastPath *path, Py_ssize_t start, Py_ssize_t end)
 {
     PyObject *data, *view;
     if (end - start > (Py_ssize_t)path->in_place)
-        return PySequence_GetSlice(path->view, start, end);
-    data = PyBytes_FromStringAndSize((char *)path->buffer.buf + start, end - start);
+        return PySequence_GetSlice(path->memory, start, end);
+    data = PyBytes_FromStringAndSize(path->message + start, end - start);
     view = data != NULL ? PyMemoryView_FromObject(data) : NULL;
     Py_XDECREF(data);
     return view;
@@ -159,7 +207,7 @@ static PyObject *data_view(FastPath *path, Py_ssize_t start, Py_ssize_t end)
 static bool has_form(FastPath *path, struct request *request)
 {
     const struct plan *plan = request->plan;
-    const char *structure = (const char *)path->buffer.buf + sizeof(request->header), *rest = structure + plan->size;
+    const char *structure = path->message + sizeof(request->header), *rest = structure + plan->size;
     Py_ssize_t left = (Py_ssize_t)request->header.len - (Py_ssize_t)sizeof(request->header) - plan->size;
 
     request->most = MOST_BYTES;
@@ -182,7 +230,7 @@ static PyObject *make_op(FastPath *path, const struct request *request)
 {
     const struct plan *plan = request->plan;
     const struct fuse_in_header *in = &request->header;
-    const char *structure = (const char *)path->buffer.buf + sizeof(*in);
+    const char *structure = path->message + sizeof(*in);
     Py_ssize_t rest = (Py_ssize_t)sizeof(*in) + plan->size;
     PyObject *values[ORIGIN + MOST_FIELDS + 1], *op = NULL;
     int count = 0;
@@ -385,7 +433,7 @@ static int serve(FastPath *path, long length)
 
     if (length < (long)sizeof(*in))
         return 0;
-    memcpy(&request.header, path->buffer.buf, sizeof(*in));
+    memcpy(&request.header, path->message, sizeof(*in));
     if (in->len != (unsigned long)length || in->total_extlen != 0 || in->opcode >= OPCODES)
         return 0;
     request.plan = &path->plans[in->opcode];
@@ -418,14 +466,14 @@ static PyObject *path_run(FastPath *path, PyObject *argument)
 
     if (nanoseconds == -1 && PyErr_Occurred())
         return NULL;
-    if (path->running || path->view == NULL)
+    if (path->running || (path->view == NULL && path->ring == NULL))
         return PyErr_Format(PyExc_RuntimeError, path->running ? "run is running" : "there is no buffer");
     path->running = true;
     while (served == 1 && path->left > 0) {
         path->left--;
         length = read_request(path, PyDict_GET_SIZE(path->waiting) == 0 ? nanoseconds : 0);
         if (length > 0)
-            served = serve(path, length);
+            served = serve(path, length & UINT32_MAX);
         else if (length != -EINTR && length != -ENOENT)
             break;
     }
@@ -455,6 +503,8 @@ static PyObject *path_use(FastPath *path, PyObject *request_buffer)
         PyBuffer_Release(&path->buffer);
     path->buffer = buffer;
     Py_XSETREF(path->view, view);
+    path->message = buffer.buf;
+    path->memory = view;
     Py_RETURN_NONE;
 }
 
@@ -493,17 +543,20 @@ static PyObject *path_add(FastPath *path, PyObject *arguments)
 
 static PyObject *path_new(PyTypeObject *type, PyObject *arguments, PyObject *named)
 {
-    static char *names[] = { "fd", "server", "channel", "loop", "waiting", "in_place", NULL };
-    PyObject *server, *channel, *loop, *waiting;
+    static char *names[] = { "server", "channel", "loop", "waiting", "in_place", "fd", "ring", "views", NULL };
+    PyObject *server, *channel, *loop, *waiting, *views = NULL;
+    unsigned long long ring = 0;
     FastPath *path;
     unsigned int in_place;
-    int fd;
+    int fd = -1;
 
-    if (!PyArg_ParseTupleAndKeywords(arguments, named, "iOOOO!I", names, &fd, &server, &channel, &loop, &PyDict_Type,
-                                     &waiting, &in_place) ||
+    if (!PyArg_ParseTupleAndKeywords(arguments, named, "OOOO!I|$iKO!", names, &server, &channel, &loop, &PyDict_Type,
+                                     &waiting, &in_place, &fd, &ring, &PyList_Type, &views) ||
         (path = (FastPath *)type->tp_alloc(type, 0)) == NULL)
         return NULL;
     path->fd = fd;
+    path->ring = views != NULL ? (struct rawfuse_ring *)(uintptr_t)ring : NULL;
+    path->views = Py_XNewRef(views);
     path->in_place = in_place;
     path->server = Py_NewRef(server);
     path->channel = Py_NewRef(channel);
@@ -514,6 +567,7 @@ static PyObject *path_new(PyTypeObject *type, PyObject *arguments, PyObject *nam
 
 static int path_traverse(FastPath *path, visitproc visit, void *arg)
 {
+    Py_VISIT(path->views);
     Py_VISIT(path->view);
     Py_VISIT(path->server);
     Py_VISIT(path->channel);
@@ -533,6 +587,8 @@ static int path_clear(FastPath *path)
     if (path->view != NULL)
         PyBuffer_Release(&path->buffer);
     Py_CLEAR(path->view); /* run refuses from now on */
+    path->ring = NULL;
+    Py_CLEAR(path->views);
     Py_CLEAR(path->server);
     Py_CLEAR(path->channel);
     Py_CLEAR(path->loop);

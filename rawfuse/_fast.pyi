@@ -23,19 +23,23 @@ REPLY_DATA: int
 REPLY_OTHER: int
 
 class FastPath:
-    """Serves the common requests of one descriptor."""
+    """Serves the common requests of a descriptor, ``fd``, or of a ring: its address, and the memory of its entries,
+    to which the list may get more."""
 
     left: int
     """Requests until ``run`` returns."""
 
     def __init__(
         self,
-        fd: int,
         server: FastServer,
         channel: Channel,
         loop: asyncio.AbstractEventLoop,
         waiting: dict[int, Running],
         in_place: int,
+        *,
+        fd: int = -1,
+        ring: int = 0,
+        views: list[memoryview] = ...,
     ) -> None: ...
     def add(
         self,
@@ -60,4 +64,4 @@ class FastPath:
     def run(self, nanoseconds: int, /) -> int:
         """Serve what comes, at most ``left`` requests. Returns the length of a request that stands in the buffer and
         is left to Python code, 0 when ``left`` is used up, or ``-errno`` of the read: EAGAIN when nothing came for so
-        long."""
+        long. For a ring see ``rawfuse_ring_next``."""

@@ -12,7 +12,7 @@ import errno
 import select
 from abc import ABC, abstractmethod
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from rawfuse.device import Device, RequestBuffer
 from rawfuse.encode import Message
@@ -28,14 +28,22 @@ _AGAIN = -errno.EAGAIN
 _RETRY = (-errno.EINTR, -errno.ENOENT)
 
 
+class Source(TypedDict, total=False):
+    """Where compiled code finds requests (``_fast.pyi``): on a descriptor or in a ring."""
+
+    fd: int
+    ring: int
+    views: list[memoryview]
+
+
 class Reader(Protocol):
-    """Reads the requests of one descriptor; may serve some of them itself."""
+    """Reads the requests of one source; may serve some of them itself."""
 
     left: int
     """Requests until ``run`` returns."""
 
     def use(self, buffer: RequestBuffer, /) -> None:
-        """Read into this buffer from now on."""
+        """Read into this buffer from now on; not for a ring."""
 
     def run(self, nanoseconds: int, /) -> int:
         """The length of the next request that is not served yet, 0 when ``left`` is used up, or ``-errno``; EAGAIN when
@@ -49,8 +57,8 @@ class Server(Protocol):
     def waiting(self) -> bool:
         """Whether some handler waits for the event loop: then there is no time to look twice for a request."""
 
-    def reader(self, channel: Channel, device: Device) -> Reader:
-        """What is to read the requests of a descriptor of the device."""
+    def reader(self, channel: Channel, source: Source) -> Reader | None:
+        """What is to read the requests of this source; None: let the channel do it."""
 
     def serve(self, channel: Channel, message: InMessage, length: int) -> None:
         """One request: the first ``length`` bytes of the message's buffer, not loaded yet, in one piece. When it
@@ -143,7 +151,7 @@ class DeviceChannel(Channel):
 
     def begin(self, server: Server) -> None:
         self._server = server
-        self._reader = server.reader(self, self._device)
+        self._reader = server.reader(self, {"fd": self._device.fd}) or PlainReader(self._device, server)
         self._reader.use(self._buffer)
         self._reading = True
         self._loop.add_reader(self._device.fd, self._on_readable)

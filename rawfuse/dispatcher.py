@@ -19,9 +19,8 @@ from typing import Any
 from rawfuse import ops
 from rawfuse.abi import MAX_ERRNO, InitFlag, Opcode
 from rawfuse.backing import BackingFiles
-from rawfuse.channel import Channel, PlainReader, Reader
+from rawfuse.channel import Channel, Reader, Source
 from rawfuse.decode import IN_PLACE
-from rawfuse.device import Device
 from rawfuse.errors import ProtocolError
 from rawfuse.fast import fast_path
 from rawfuse.filesystem import FileSystem
@@ -96,10 +95,10 @@ class Dispatcher:
     def waiting(self) -> bool:
         return bool(self._running)
 
-    def reader(self, channel: Channel, device: Device) -> Reader:
+    def reader(self, channel: Channel, source: Source) -> Reader | None:
         if self._compiled:
-            return fast_path(device.fd, self, channel, self._loop, self._running, self._rows)
-        return PlainReader(device, self)
+            return fast_path(source, self, channel, self._loop, self._running, self._rows)
+        return None
 
     def end_burst(self) -> bool:
         if not self._running:

@@ -23,7 +23,7 @@ from rawfuse._fast import (
     TAIL_NOTHING,
     FastPath,
 )
-from rawfuse.channel import Channel
+from rawfuse.channel import Channel, Source
 from rawfuse.decode import IN_PLACE, SHAPES, Tail
 from rawfuse.encode import Encoder
 from rawfuse.running import Row, Running
@@ -75,7 +75,7 @@ class FastServer(Protocol):
 
 
 def fast_path(
-    fd: int,
+    source: Source,
     server: FastServer,
     channel: Channel,
     loop: asyncio.AbstractEventLoop,
@@ -83,7 +83,7 @@ def fast_path(
     rows: Mapping[int, Row],
 ) -> FastPath:
     """``waiting``: the requests in flight; one that bears the id of another of them is left to Python code."""
-    path = FastPath(fd, server, channel, loop, waiting, IN_PLACE)
+    path = FastPath(server, channel, loop, waiting, IN_PLACE, **source)
     for opcode, row in rows.items():
         shape = SHAPES.get(row.decode)
         if shape is None or row.handler is None or not row.admitted:

@@ -23,7 +23,7 @@ from time import perf_counter_ns
 
 from rawfuse._kernel import ffi, lib
 from rawfuse.abi import Opcode
-from rawfuse.channel import BURST, Channel, Server
+from rawfuse.channel import BURST, Channel, Reader, Server, Source
 from rawfuse.device import WRITE_LEAD, Device, RequestBuffer
 from rawfuse.encode import Message
 from rawfuse.errors import FuseError
@@ -45,12 +45,15 @@ LEAST_PAYLOAD = 128 << 10
 fuse_copy_fill); the largest one that ``max_write`` does not limit is a SETXATTR of 64 KiB."""
 
 _POSSIBLE = Path("/sys/devices/system/cpu/possible")
+_AGAIN = -errno.EAGAIN
+_GIVEN_UP = -(1 << 16)
 _ENDED = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECANCELED)
 _LENGTH = (1 << 32) - 1
 
 
 def possible_cpus() -> int:
-    """How many CPUs this host could have (num_possible_cpus), online or not. OSError when sysfs does not tell."""
+    """How many CPUs this host could have (num_possible_cpus), online or not. OSError or ValueError when sysfs does not
+    tell."""
     count = 0
     for part in _POSSIBLE.read_text().strip().split(","):
         first, _, last = part.partition("-")
@@ -69,11 +72,11 @@ class Ring:
             raise FuseError(errno.EINVAL, f"max_write is less than {LEAST_PAYLOAD >> 10} KiB")
         self.payload = payload
         self.messages: list[InMessage] = []
-        self._memory: list[RequestBuffer] = []
+        self.views: list[memoryview] = []
         try:
             self._queues = possible_cpus()
-        except OSError as error:
-            raise FuseError(error.errno or errno.ENOENT, f"the number of possible CPUs is unknown: {error}") from error
+        except (OSError, ValueError) as error:
+            raise FuseError(errno.ENOENT, f"the number of possible CPUs is unknown: {error}") from error
         self._depth = max(2, min(DEPTH, MOST_AT_FIRST // self._queues))
         self._most = max(MOST_ENTRIES, self._queues * self._depth)
         result = ffi.new("struct rawfuse_ring **")
@@ -81,6 +84,7 @@ class Ring:
         if failed:
             raise FuseError(failed, f"io_uring: {os.strerror(failed)}")
         self.pointer = result[0]
+        self.address = int(ffi.cast("uintptr_t", self.pointer))
         self.fd = int(lib.rawfuse_ring_fd(self.pointer))
         try:
             self._spare = [self._allocate() for _ in range(self._queues * self._depth)]
@@ -116,16 +120,36 @@ class Ring:
         index = lib.rawfuse_ring_register(self.pointer, queue, memory.pointer, idle)
         if index < 0:
             return -int(index)
-        self._memory.append(memory)
+        self.views.append(memory.view)
         self.messages.append(InMessage(memory.view))
         return 0
 
-    def grow(self) -> None:
+    def _grow(self) -> None:
         """Have armed entries in each queue again, as far as there may be more."""
         while len(self.messages) < self._most:
             queue = lib.rawfuse_ring_short(self.pointer, self._depth)
             if queue < 0 or self._add(queue, idle=False):
                 return
+
+    def wake(self) -> None:
+        """After the event loop: what comes from now on does not make ``fd`` readable."""
+        lib.rawfuse_ring_wake(self.pointer)
+
+    def sleep(self) -> bool:
+        """Before the event loop, when all requests have been taken. False: more have come meanwhile."""
+        if lib.rawfuse_ring_held(self.pointer):
+            self._grow()
+        return not lib.rawfuse_ring_sleep(self.pointer)
+
+    def may_wait(self) -> bool:
+        """See ``Channel.may_wait``; of the latest request."""
+        return bool(lib.rawfuse_ring_may_wait(self.pointer))
+
+    def next(self, nanoseconds: int) -> int:
+        """The next request: ``index << 32 | length``, index that of its message; EAGAIN as ``-errno`` when nothing came
+        for so long; another ``-errno``: the ring has failed; less than that: ``-(index + 1 << 16 | errno)``, the kernel
+        has given this entry up."""
+        return int(lib.rawfuse_ring_next(self.pointer, nanoseconds)) or _AGAIN
 
     def reply(self, unique: int, message: Message) -> int:
         """Queue a reply; 0, or ``-errno``: ENOENT, no entry holds that request; EINVAL, the reply is too long; ENODEV,
@@ -133,14 +157,14 @@ class Ring:
         if not self.pointer:
             return -errno.ENODEV
         if isinstance(message, bytes):
-            return int(lib.rawfuse_ring_reply(self.pointer, unique, message, len(message)))
+            message = [message[: OUT_HEADER.size], message[OUT_HEADER.size :]]
         index = lib.rawfuse_ring_find(self.pointer, unique)
         if index < 0:
             return int(index)
-        view = self._memory[index].view
-        header, *body = message
+        header, *parts = message
+        view = self.views[index]
         end = WRITE_LEAD
-        for part in body:
+        for part in parts:
             start, end = end, end + len(part)
             if end > WRITE_LEAD + self.payload:
                 return -errno.EINVAL
@@ -158,6 +182,24 @@ class Ring:
         self.pointer = ffi.NULL
 
 
+class PlainReader:
+    """Takes requests from the ring and serves none."""
+
+    def __init__(self, ring: Ring, server: Server) -> None:
+        self._ring = ring
+        self._server = server
+        self.left = 0
+
+    def use(self, buffer: RequestBuffer) -> None:
+        """Entries have their own memory."""
+
+    def run(self, nanoseconds: int) -> int:
+        if self.left == 0:
+            return 0
+        self.left -= 1
+        return self._ring.next(0 if self._server.waiting else nanoseconds)
+
+
 class RingChannel(Channel):
     """Requests of a registered ring. ``busy_poll``: nanoseconds for which it looks for the next request before it
     sleeps, while they come that fast."""
@@ -166,20 +208,23 @@ class RingChannel(Channel):
         self._ring = ring
         self._loop = loop
         self._server: Server
+        self._reader: Reader
         self._reading = False
         self._in_burst = False
         self._flushing = False
-        self._held = 0
         self._busy_poll = self._patience = busy_poll
         self._slept = 0
 
     def begin(self, server: Server) -> None:
         self._server = server
+        source: Source = {"ring": self._ring.address, "views": self._ring.views}
+        self._reader = server.reader(self, source) or PlainReader(self._ring, server)
         self.resume()
 
     def pause(self) -> None:
         if self._reading:
             self._reading = False
+            self._reader.left = 0
             self._loop.remove_reader(self._ring.fd)
 
     def resume(self) -> None:
@@ -193,17 +238,18 @@ class RingChannel(Channel):
 
     def reply(self, unique: int, message: Message) -> int:
         error = self._ring.reply(unique, message)
-        if error < 0:
-            return error
-        self._held -= 1
-        if not self._in_burst and not self._flushing:
+        if error == 0 and not self._in_burst and not self._flushing:
             # All that finish in this turn of the event loop go out together.
             self._flushing = True
             self._loop.call_soon(self._flush)
-        return 0
+        return error
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._ring.flush()
 
     def may_wait(self) -> bool:
-        return bool(lib.rawfuse_ring_may_wait(self._ring.pointer))
+        return self._ring.may_wait()
 
     def lend(self) -> None:
         return None
@@ -211,58 +257,53 @@ class RingChannel(Channel):
     def give_back(self, buffer: RequestBuffer) -> None:
         """Nothing is lent."""
 
-    def _flush(self) -> None:
-        self._flushing = False
-        self._ring.flush()
-
     def _on_readable(self) -> None:
         if not self._reading:
             return
         if self._patience < self._busy_poll and perf_counter_ns() - self._slept < self._busy_poll:
             # Had we looked a little longer, we need not have slept.
             self._patience = self._busy_poll
+        self._ring.wake()
         self._in_burst = True
+        self._reader.left = BURST
         try:
-            self._serve_burst()
+            if not self._serve_burst() and self._reading:
+                self._loop.call_soon(self._on_readable)
         finally:
             self._in_burst = False
+            self._ring.flush()
 
-    def _serve_burst(self) -> None:
-        server, ring = self._server, self._ring
-        next_request, pointer, messages = lib.rawfuse_ring_next, ring.pointer, ring.messages
-        lib.rawfuse_ring_wake(pointer)
-        for _ in range(BURST):
-            found = next_request(pointer, 0 if server.waiting else self._patience)
+    def _serve_burst(self) -> bool:
+        """Whether the kernel will wake us when there is more."""
+        server, ring, reader = self._server, self._ring, self._reader
+        while True:
+            found = reader.run(self._patience)
             if found > 0:
-                self._held += 1
-                message = messages[found >> 32]
+                message = ring.messages[found >> 32]
                 server.serve(self, message, found & _LENGTH)
                 if message.opcode == Opcode.NOTIFY_REPLY:
                     # It has no reply, but the entry must be committed.
                     unique = message.origin[0]
                     self.reply(unique, OUT_HEADER.pack(OUT_HEADER.size, 0, unique))
+            elif found == 0:
                 if not self._reading:
                     server.end_burst()
-                    ring.flush()
-                    return
-            elif found == 0:
+                return False
+            elif found == _AGAIN:
                 if not server.waiting:
                     self._patience >>= 1
                 elif server.end_burst():
                     continue
-                if self._held:
-                    ring.grow()
-                if not lib.rawfuse_ring_sleep(pointer):
+                if ring.sleep():
                     self._slept = perf_counter_ns()
-                    return
+                    return True
+            elif found > _GIVEN_UP:
+                server.end(-found)
+                return True
             else:
-                self._lost(*divmod(-found, 1 << 16))
-        ring.flush()
-        self._loop.call_soon(self._on_readable)
+                self._given_up(*divmod(-found, 1 << 16))
 
-    def _lost(self, index: int, error: int) -> None:
-        """The kernel has given an entry up. How the connection ended the device tells."""
-        if index == lib.RING_NO_ENTRY:
-            self._server.end(error)
-        elif error not in _ENDED:
-            log.error("io_uring entry %d: %s", index, os.strerror(error))
+    def _given_up(self, number: int, error: int) -> None:
+        """How the connection ended the device tells."""
+        if error not in _ENDED:
+            log.error("io_uring entry %d: %s", number - 1, os.strerror(error))

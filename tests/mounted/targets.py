@@ -51,13 +51,18 @@ ENABLE_URING = Path("/sys/module/fuse/parameters/enable_uring")
 """Allows FUSE over io_uring. Tests set it, which needs root, and leave it set: connections that are there keep it."""
 
 
+def transport_command(transport: str, *arguments: Path | str) -> list[str]:
+    """The memory file system over a transport; its log tells which one is used."""
+    return [sys.executable, "-m", "examples.memory", "--debug", "--transport", transport, *map(str, arguments)]
+
+
 def over(transport: str) -> TargetSpec:
     """The memory file system over a transport, which must be the one that is used."""
-    command = [sys.executable, "-m", "examples.memory", "--transport", transport, "{mountpoint}"]
+    command = transport_command(transport, "{mountpoint}")
     if transport == "uring":
         command = ["sh", "-c", f'echo Y > {ENABLE_URING} && exec "$@"', "sh", *command]
     used = 'test "$(sed -n "s/.*transport: //p" "$1" | sort -u)" = "$2" || { cat "$1"; exit 1; }'
-    check = ["sh", "-c", used, "sh", "{scratch}/server.log", transport]
+    check = ["sh", "-c", used, "sh", "{scratch}/../server.log", transport]
     return TargetSpec(f"memory-{transport}", command, check, MEMORY.lacks)
 
 

@@ -21,7 +21,7 @@ from rawfuse.testing.server import Server
 from rawfuse.testing.syscalls import fails
 from rawfuse.uring import DEPTH
 from tests.mounted import test_rawfuse_session as session
-from tests.mounted.targets import ENABLE_URING, memory_command
+from tests.mounted.targets import ENABLE_URING, transport_command
 
 TRANSPORTS = ["clones", "uring"]
 
@@ -67,19 +67,19 @@ def used(log: str) -> set[str]:
 
 
 @pytest.fixture(params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the examples use in this test."""
+def transport(request: pytest.FixtureRequest) -> str:
     if request.param == "uring":
         enable_uring()
-    monkeypatch.setenv("RAWFUSE_TRANSPORT", request.param)
     return str(request.param)
 
 
 class Lives:
-    """For the tests of ``test_rawfuse_session``: they must have used the transport."""
+    """For the tests of ``test_rawfuse_session``: they use the transport, and must have used it."""
 
     @pytest.fixture(autouse=True)
-    def over(self, transport: str, scratch: Path) -> Iterator[None]:
+    def over(self, transport: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        plain = session.example
+        monkeypatch.setattr(session, "example", lambda *words: [*plain(*words), "--debug", "--transport", transport])
         yield
         log = (scratch / "server.log").read_text()
         assert used(log) == {transport}, log
@@ -116,7 +116,7 @@ def test_locks_that_wait_do_not_use_the_ring_up(fuse_mount: FuseMount, tmp_path:
     """All in the queue of one CPU, as the request that ends their wait is."""
     enable_uring()
     trace = tmp_path / "trace"
-    server = fuse_mount([*memory_command("{mountpoint}"), "--transport", "uring", "--trace", str(trace)])
+    server = fuse_mount(transport_command("uring", "--trace", trace, "{mountpoint}"))
     path = server.mountpoint / "f"
     own = os.sched_getaffinity(0)
     with ExitStack() as stack, open(path, "w") as file:
@@ -145,7 +145,7 @@ class TestLoad:
 
     @pytest.fixture
     def server(self, transport: str, fuse_mount: FuseMount) -> Server:
-        return fuse_mount(memory_command("{mountpoint}"))
+        return fuse_mount(transport_command(transport, "{mountpoint}"))
 
     @pytest.fixture
     def load(self, server: Server) -> Iterator[list[subprocess.Popen[str]]]:

@@ -389,7 +389,7 @@ def test_run_inside_a_handler_is_refused() -> None:
 
 def a_path() -> FastPath:
     loop: Any = object()
-    return FastPath(-1, loop, loop, loop, {}, 0)
+    return FastPath(loop, loop, loop, {}, 0)
 
 
 @pytest.mark.parametrize(

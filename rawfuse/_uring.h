@@ -6,10 +6,14 @@
  * and between them nothing changes.
  *
  * A request is laid out in the entry's memory as a read of /dev/fuse gives it: header, the operation's structure,
- * payload. The kernel fills the payload memory, which begins LEAD bytes into the entry's memory: where the payload of a
+ * payload. The kernel fills the payload memory, which begins RING_LEAD bytes into the entry's memory: where the payload of a
  * WRITE belongs. That of an operation with a structure of another size is moved. */
 
-enum { SUBMISSIONS = 64, LEAD = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in), RING_NO_ENTRY = 1 << 24 };
+enum {
+    RING_SUBMISSIONS = 64,
+    RING_LEAD = sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in),
+    RING_NO_ENTRY = 1 << 24,
+};
 
 struct ring_entry {
     struct fuse_uring_req_header header;
@@ -26,7 +30,7 @@ struct rawfuse_ring {
     struct {
         unsigned armed, used; /* all that are armed, and those of them that have been used */
     } *queue;
-    unsigned entries_used, latest;
+    unsigned entries_used, latest, held; /* entries, the one of the latest request, those that hold one */
     struct ring_entry *entries;
     unsigned queued; /* submissions that the kernel has not seen */
     unsigned *sq_tail, *sq_flags, sq_mask;
@@ -37,7 +41,7 @@ struct rawfuse_ring {
     size_t rings_size;
 };
 
-static int ring_enter(struct rawfuse_ring *ring, unsigned wanted)
+static inline int ring_enter(struct rawfuse_ring *ring, unsigned wanted)
 {
     long done;
     do
@@ -50,12 +54,12 @@ static int ring_enter(struct rawfuse_ring *ring, unsigned wanted)
 }
 
 /* The next submission, zeroed; the queue is emptied first when it is full. NULL with errno. */
-static struct io_uring_sqe *ring_submission(struct rawfuse_ring *ring, unsigned index)
+static inline struct io_uring_sqe *ring_submission(struct rawfuse_ring *ring, unsigned index)
 {
     const unsigned tail = *ring->sq_tail;
     struct io_uring_sqe *sqe = (struct io_uring_sqe *)(ring->sqes + (tail & ring->sq_mask) * 2 * sizeof(*sqe));
-    int error = ring->queued == SUBMISSIONS ? ring_enter(ring, 0) : 0;
-    if (error < 0 || ring->queued == SUBMISSIONS) {
+    int error = ring->queued == RING_SUBMISSIONS ? ring_enter(ring, 0) : 0;
+    if (error < 0 || ring->queued == RING_SUBMISSIONS) {
         errno = error < 0 ? -error : EBUSY;
         return NULL;
     }
@@ -66,7 +70,7 @@ static struct io_uring_sqe *ring_submission(struct rawfuse_ring *ring, unsigned 
     return sqe;
 }
 
-static int ring_command(struct rawfuse_ring *ring, unsigned index, unsigned command)
+static inline int ring_command(struct rawfuse_ring *ring, unsigned index, unsigned command)
 {
     struct ring_entry *entry = &ring->entries[index];
     const struct fuse_uring_cmd_req request = {.commit_id = entry->unique, .qid = entry->queue};
@@ -81,16 +85,17 @@ static int ring_command(struct rawfuse_ring *ring, unsigned index, unsigned comm
         sqe->len = 2;
     }
     memcpy(sqe->cmd, &request, sizeof(request));
+    ring->held -= entry->unique != 0;
     entry->unique = 0;
     ring->queue[entry->queue].armed++;
     ring->queue[entry->queue].used += entry->used;
     return 0;
 }
 
-static void rawfuse_ring_close(struct rawfuse_ring *ring)
+static inline void rawfuse_ring_close(struct rawfuse_ring *ring)
 {
     if (ring->sqes)
-        munmap(ring->sqes, SUBMISSIONS * 2 * sizeof(struct io_uring_sqe));
+        munmap(ring->sqes, RING_SUBMISSIONS * 2 * sizeof(struct io_uring_sqe));
     if (ring->rings)
         munmap(ring->rings, ring->rings_size);
     if (ring->fd >= 0)
@@ -102,23 +107,23 @@ static void rawfuse_ring_close(struct rawfuse_ring *ring)
     free(ring);
 }
 
-static void *ring_map(struct rawfuse_ring *ring, size_t size, off_t what)
+static inline void *ring_map(struct rawfuse_ring *ring, size_t size, off_t what)
 {
     void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring->fd, what);
     return memory == MAP_FAILED ? NULL : memory;
 }
 
-static int ring_set_up(struct rawfuse_ring *ring, unsigned entries)
+static inline int ring_set_up(struct rawfuse_ring *ring, unsigned entries)
 {
     struct io_uring_params params = {
         .flags = IORING_SETUP_SQE128 | IORING_SETUP_CQSIZE | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
                  IORING_SETUP_TASKRUN_FLAG,
-        .cq_entries = entries < SUBMISSIONS ? SUBMISSIONS : entries,
+        .cq_entries = entries < RING_SUBMISSIONS ? RING_SUBMISSIONS : entries,
     };
     size_t submissions_size;
     char *rings;
     unsigned *array;
-    ring->fd = syscall(SYS_io_uring_setup, SUBMISSIONS, &params);
+    ring->fd = syscall(SYS_io_uring_setup, RING_SUBMISSIONS, &params);
     if (ring->fd < 0)
         return -errno;
     submissions_size = params.sq_off.array + params.sq_entries * sizeof(*array);
@@ -128,7 +133,7 @@ static int ring_set_up(struct rawfuse_ring *ring, unsigned entries)
     rings = ring->rings = ring_map(ring, ring->rings_size, IORING_OFF_SQ_RING);
     if (!rings)
         return -errno;
-    ring->sqes = ring_map(ring, SUBMISSIONS * 2 * sizeof(struct io_uring_sqe), IORING_OFF_SQES);
+    ring->sqes = ring_map(ring, RING_SUBMISSIONS * 2 * sizeof(struct io_uring_sqe), IORING_OFF_SQES);
     if (!ring->sqes)
         return -errno;
     ring->sq_tail = (unsigned *)(rings + params.sq_off.tail);
@@ -140,7 +145,7 @@ static int ring_set_up(struct rawfuse_ring *ring, unsigned entries)
     ring->cq_mask = *(unsigned *)(rings + params.cq_off.ring_mask);
     ring->cqes = (struct io_uring_cqe *)(rings + params.cq_off.cqes);
     array = (unsigned *)(rings + params.sq_off.array);
-    for (unsigned i = 0; i < SUBMISSIONS; i++)
+    for (unsigned i = 0; i < RING_SUBMISSIONS; i++)
         array[i] = i;
     /* Work that waits for its thread (IORING_SETUP_DEFER_TASKRUN) shows on an eventfd, but not on the ring's own
      * descriptor. */
@@ -150,28 +155,27 @@ static int ring_set_up(struct rawfuse_ring *ring, unsigned entries)
     return 0;
 }
 
-/* The request that has come into an entry, as a read of /dev/fuse would give it. Its length, or -EPROTO. */
-static int ring_request(struct ring_entry *entry)
+/* The request that has come into an entry, as a read of /dev/fuse would give it. Its length. */
+static inline int ring_request(struct ring_entry *entry)
 {
     const size_t size = entry->header.ring_ent_in_out.payload_sz;
-    char *payload = entry->memory[1].iov_base, *arguments = payload - LEAD + sizeof(struct fuse_in_header);
+    char *payload = entry->memory[1].iov_base, *arguments = payload - RING_LEAD + sizeof(struct fuse_in_header);
     struct fuse_in_header in;
     size_t operation;
     memcpy(&in, entry->header.in_out, sizeof(in));
-    entry->unique = entry->header.ring_ent_in_out.commit_id;
+    memcpy(payload - RING_LEAD, &in, sizeof(in));
     operation = in.len - sizeof(in) - size;
     if (operation > sizeof(entry->header.op_in))
-        return -EPROTO;
+        return sizeof(in); /* no such thing is known; it is not as long as it says */
     if (arguments + operation != payload)
         memmove(arguments + operation, payload, size);
     memcpy(arguments, entry->header.op_in, operation);
-    memcpy(payload - LEAD, &in, sizeof(in));
     return in.len;
 }
 
-/* What has completed: the index of an entry << 32 | the length of the request in it; -(index << 16 | errno) for one that
- * the kernel has given up; 0 for nothing. */
-static int64_t ring_completion(struct rawfuse_ring *ring)
+/* What has completed: the index of an entry << 32 | the length of the request in it; -(index + 1 << 16 | errno) for an
+ * entry that the kernel has given up; 0 for nothing. */
+static inline int64_t ring_completion(struct rawfuse_ring *ring)
 {
     unsigned head = *ring->cq_head;
     const unsigned tail = __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE);
@@ -188,16 +192,18 @@ static int64_t ring_completion(struct rawfuse_ring *ring)
         ring->queue[entry->queue].used -= entry->used;
         if (result == 0) {
             entry->used = 1;
+            entry->unique = entry->header.ring_ent_in_out.commit_id;
+            ring->held++;
             ring->latest = index;
             result = ring_request(entry);
         }
-        return result < 0 ? -(int64_t)(index << 16 | -result) : (int64_t)(index << 32 | result);
+        return result < 0 ? -(int64_t)((index + 1) << 16 | -result) : (int64_t)(index << 32 | result);
     }
     return 0;
 }
 
 /* One operation that does nothing: who allows io_uring_setup may still forbid io_uring_enter (seccomp). */
-static int ring_try(struct rawfuse_ring *ring)
+static inline int ring_try(struct rawfuse_ring *ring)
 {
     if (!ring_submission(ring, RING_NO_ENTRY))
         return -errno;
@@ -205,7 +211,7 @@ static int ring_try(struct rawfuse_ring *ring)
 }
 
 /* A ring with room for `entries` entries of `payload` bytes each in `queues` queues; -errno where there can be none. */
-static int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload, struct rawfuse_ring **result)
+static inline int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload, struct rawfuse_ring **result)
 {
     struct rawfuse_ring *ring = calloc(1, sizeof(*ring));
     int error;
@@ -229,12 +235,12 @@ static int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size
 
 /* What an event loop polls: readable when the kernel has something for us, between rawfuse_ring_sleep and
  * rawfuse_ring_wake. */
-static int rawfuse_ring_fd(const struct rawfuse_ring *ring)
+static inline int rawfuse_ring_fd(const struct rawfuse_ring *ring)
 {
     return ring->event;
 }
 
-static void rawfuse_ring_wake(struct rawfuse_ring *ring)
+static inline void rawfuse_ring_wake(struct rawfuse_ring *ring)
 {
     uint64_t count;
     __atomic_store_n(ring->cq_flags, IORING_CQ_EVENTFD_DISABLED, __ATOMIC_RELAXED);
@@ -242,7 +248,7 @@ static void rawfuse_ring_wake(struct rawfuse_ring *ring)
 }
 
 /* Flush, and have the descriptor tell when there is more. Not 0: there is more already, so do not wait. */
-static int rawfuse_ring_sleep(struct rawfuse_ring *ring)
+static inline int rawfuse_ring_sleep(struct rawfuse_ring *ring)
 {
     int error = ring->queued ? ring_enter(ring, 0) : 0;
     __atomic_store_n(ring->cq_flags, 0, __ATOMIC_SEQ_CST);
@@ -250,9 +256,9 @@ static int rawfuse_ring_sleep(struct rawfuse_ring *ring)
            __atomic_load_n(ring->sq_flags, __ATOMIC_SEQ_CST) & IORING_SQ_TASKRUN;
 }
 
-/* Register one more entry. `memory` has room for LEAD bytes and the payload, and for LEAD more to move a payload up.
+/* Register one more entry. `memory` has room for RING_LEAD bytes and the payload, and for RING_LEAD more to move a payload up.
  * `idle`: no request waits for an entry of the queue. The entry's index, or -errno. */
-static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory, int idle)
+static inline int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory, int idle)
 {
     const unsigned index = ring->entries_used;
     struct ring_entry *entry = &ring->entries[index];
@@ -260,7 +266,7 @@ static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char
     entry->queue = queue;
     entry->used = idle;
     entry->memory[0] = (struct iovec){&entry->header, sizeof(entry->header)};
-    entry->memory[1] = (struct iovec){memory + LEAD, ring->payload};
+    entry->memory[1] = (struct iovec){memory + RING_LEAD, ring->payload};
     error = ring_command(ring, index, FUSE_IO_URING_CMD_REGISTER);
     if (error == 0)
         error = ring_enter(ring, 0);
@@ -281,7 +287,7 @@ static int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char
 }
 
 /* A queue with less than `wanted` armed entries, or -1. */
-static int rawfuse_ring_short(const struct rawfuse_ring *ring, unsigned wanted)
+static inline int rawfuse_ring_short(const struct rawfuse_ring *ring, unsigned wanted)
 {
     for (unsigned queue = 0; queue < ring->queues; queue++)
         if (ring->queue[queue].armed < wanted)
@@ -292,13 +298,13 @@ static int rawfuse_ring_short(const struct rawfuse_ring *ring, unsigned wanted)
 /* Whether the latest request may wait for one behind it. A request that found no armed entry is put into one when a
  * reply is committed in its queue, but not when an entry is registered. So one used entry has to be armed: then no
  * request waits, or (it has completed already) its own reply will see to that. */
-static int rawfuse_ring_may_wait(const struct rawfuse_ring *ring)
+static inline int rawfuse_ring_may_wait(const struct rawfuse_ring *ring)
 {
     return ring->queue[ring->entries[ring->latest].queue].used > 0;
 }
 
 /* The entry that holds request `unique`, or -ENOENT. */
-static int rawfuse_ring_find(struct rawfuse_ring *ring, uint64_t unique)
+static inline int rawfuse_ring_find(struct rawfuse_ring *ring, uint64_t unique)
 {
     if (ring->entries[ring->latest].unique == unique)
         return ring->latest;
@@ -308,8 +314,14 @@ static int rawfuse_ring_find(struct rawfuse_ring *ring, uint64_t unique)
     return -ENOENT;
 }
 
+/* The request in an entry. */
+static inline char *rawfuse_ring_message(const struct rawfuse_ring *ring, unsigned index)
+{
+    return (char *)ring->entries[index].memory[1].iov_base - RING_LEAD;
+}
+
 /* Queue a reply whose body, `size` bytes, lies in the payload memory of the entry. */
-static int rawfuse_ring_commit(struct rawfuse_ring *ring, int index, const char *header, size_t size)
+static inline int rawfuse_ring_commit(struct rawfuse_ring *ring, int index, const void *header, size_t size)
 {
     struct ring_entry *entry = &ring->entries[index];
     memcpy(entry->header.in_out, header, sizeof(struct fuse_out_header));
@@ -317,28 +329,34 @@ static int rawfuse_ring_commit(struct rawfuse_ring *ring, int index, const char 
     return ring_command(ring, index, FUSE_IO_URING_CMD_COMMIT_AND_FETCH);
 }
 
-/* Queue a reply that is in one piece. ENOENT: no entry holds the request. */
-static int rawfuse_ring_reply(struct rawfuse_ring *ring, uint64_t unique, const char *message, size_t size)
+/* Queue a reply. ENOENT: no entry holds the request; EINVAL: the reply is too long. */
+static inline int rawfuse_ring_reply(struct rawfuse_ring *ring, uint64_t unique, const void *header, const void *body,
+                                     size_t size)
 {
-    const size_t header = sizeof(struct fuse_out_header);
     const int index = rawfuse_ring_find(ring, unique);
     if (index < 0)
         return index;
-    if (size < header || size - header > ring->payload)
+    if (size > ring->payload)
         return -EINVAL;
-    memcpy(ring->entries[index].memory[1].iov_base, message + header, size - header);
-    return rawfuse_ring_commit(ring, index, message, size - header);
+    memcpy(ring->entries[index].memory[1].iov_base, body, size);
+    return rawfuse_ring_commit(ring, index, header, size);
+}
+
+/* Entries that hold a request, besides those whose requests have not been taken yet. */
+static inline unsigned rawfuse_ring_held(const struct rawfuse_ring *ring)
+{
+    return ring->held;
 }
 
 /* Give the kernel what is queued, and have it fill entries. */
-static int rawfuse_ring_flush(struct rawfuse_ring *ring)
+static inline int rawfuse_ring_flush(struct rawfuse_ring *ring)
 {
     return ring_enter(ring, 0);
 }
 
-/* As ring_completion; where there is none, flush and look again for up to `nanoseconds`. Who else could run on this
- * processor goes first: it may be the one who makes the next request. */
-static int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds)
+/* As ring_completion, or -errno of io_uring_enter. Where there is nothing, flush and look again for `nanoseconds`. Who
+ * else could run on this processor goes first: it may be the one who makes the next request. */
+static inline int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds)
 {
     struct timespec start, now;
     int64_t found = ring_completion(ring);
@@ -350,7 +368,7 @@ static int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds)
         if (ring->queued || __atomic_load_n(ring->sq_flags, __ATOMIC_ACQUIRE) & IORING_SQ_TASKRUN) {
             error = ring_enter(ring, 0);
             if (error < 0)
-                return -((int64_t)RING_NO_ENTRY << 16 | -error);
+                return error;
             found = ring_completion(ring);
             if (found)
                 return found;
