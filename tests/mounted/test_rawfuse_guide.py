@@ -32,13 +32,11 @@ def programs(page: str) -> dict[str, str]:
 class Page:
     """``serve(name, ...)`` serves a program of one page, which must log nothing."""
 
-    def __init__(self, place: Path, fuse_mount: FuseMount) -> None:
+    def __init__(self, page: str, place: Path, fuse_mount: FuseMount) -> None:
         self.place = place
         self._fuse_mount = fuse_mount
-
-    def write(self, page: str) -> None:
         for name, source in programs(page).items():
-            (self.place / name).write_text(source)
+            (place / name).write_text(source)
 
     def serve(self, name: str, *arguments: str | Path) -> Server:
         return self._fuse_mount([sys.executable, str(self.place / name), *map(str, arguments), "{mountpoint}"])
@@ -46,16 +44,12 @@ class Page:
 
 @pytest.fixture
 def guide(tmp_path: Path, fuse_mount: FuseMount) -> Page:
-    page = Page(tmp_path, fuse_mount)
-    page.write(GUIDE)
-    return page
+    return Page(GUIDE, tmp_path, fuse_mount)
 
 
 @pytest.fixture
 def porting(tmp_path: Path, fuse_mount: FuseMount) -> Page:
-    page = Page(tmp_path, fuse_mount)
-    page.write(PORTING)
-    return page
+    return Page(PORTING, tmp_path, fuse_mount)
 
 
 def finish(server: Server) -> None:
@@ -65,6 +59,7 @@ def finish(server: Server) -> None:
 
 def test_every_program_is_tested() -> None:
     assert programs(GUIDE).keys() == {"hello.py", "notes.py", "clock.py", "mirror.py", "test_notes.py"}
+    assert programs("README.md").keys() == {"hello.py"}
     assert programs(PORTING).keys() == {"paths.py", "zipfs.py"}
 
 
@@ -73,8 +68,9 @@ def test_what_file_systems_may_lack_is_documented() -> None:
     assert [name for name, meaning in LACKS.items() if f"| {name} | {meaning} |" not in page] == []
 
 
-def test_hello(guide: Page) -> None:
-    server = guide.serve("hello.py")
+@pytest.mark.parametrize("page", [GUIDE, "README.md"])
+def test_hello(tmp_path: Path, fuse_mount: FuseMount, page: str) -> None:
+    server = Page(page, tmp_path, fuse_mount).serve("hello.py")
     root = server.mountpoint
     assert os.listdir(root) == ["hello"]
     assert (root / "hello").read_text() == "hello, world\n"
