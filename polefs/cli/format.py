@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from polefs.node.errors import Refusal, plain
+from polefs.cli.store import CaBundle, Endpoint, PathStyle, Region, parse_store
+from polefs.node.errors import Refusal
 
 if TYPE_CHECKING:
     from polefs.node.volume import Contents
+    from polefs.objects.location import S3Location
 
 NAME = "format"
 
@@ -22,16 +24,10 @@ def command(
         str | None,
         typer.Option(metavar="s3://BUCKET[/PREFIX]", help="Where contents are kept; default: in the directory."),
     ] = None,
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="An S3 server other than AWS, like https://host:9000.")
-    ] = None,
-    region: Annotated[str | None, typer.Option(help="The bucket's region; default: as the environment says.")] = None,
-    path_style: Annotated[
-        bool | None, typer.Option("--path-style/--virtual-hosted", help="Where the bucket's name goes in requests.")
-    ] = None,
-    ca_bundle: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Certificates to trust; default: the system's.")
-    ] = None,
+    endpoint: Endpoint = None,
+    region: Region = None,
+    path_style: PathStyle = None,
+    ca_bundle: CaBundle = None,
     compress: Annotated[
         str, typer.Option(metavar="zstd|lz4|none", help="Compress contents in the bucket.", show_default=True)
     ] = "none",
@@ -70,15 +66,8 @@ def command(
     limit = 0 if capacity is None else parse_size(capacity)
     contents = Contents()
     if store is not None:
-        contents = _in_s3(
-            store,
-            endpoint=endpoint,
-            region=region,
-            path_style=path_style,
-            ca_bundle=ca_bundle,
-            compress=compress,
-            durability=durability,
-        )
+        location = parse_store(store, endpoint=endpoint, region=region, path_style=path_style, ca_bundle=ca_bundle)
+        contents = _in_s3(location, compress, durability or "s3")
     elif encrypt or compress != "none" or any(each is not None for each in (endpoint, region, path_style, ca_bundle)):
         raise Refusal(errno.EINVAL, "this needs a bucket: give --store s3://BUCKET[/PREFIX] too", 2)
     elif durability not in (None, "local"):
@@ -98,31 +87,13 @@ def command(
     print(f"{made.path}: volume '{made.info.name}', {made.info.uuid}")
 
 
-def _in_s3(
-    store: str,
-    *,
-    endpoint: str | None,
-    region: str | None,
-    path_style: bool | None,
-    ca_bundle: str | None,
-    compress: str,
-    durability: str | None,
-) -> Contents:
+def _in_s3(location: S3Location, compression: str, durability: str) -> Contents:
     import msgspec
 
     from polefs.node.volume import Contents
-    from polefs.objects.location import parse_url
 
-    if ca_bundle is not None:
-        ca_bundle = os.path.abspath(ca_bundle)
-        if not os.path.isfile(ca_bundle):
-            raise Refusal(errno.ENOENT, f"there is no file {ca_bundle}: give a file with certificates in PEM form", 2)
     try:
-        location = parse_url(store, endpoint=endpoint, region=region, path_style=path_style, ca_bundle=ca_bundle)
-    except OSError as error:
-        raise Refusal(errno.EINVAL, plain(error), 2) from None
-    wanted = {"compression": compress, "durability": durability or "s3"}
-    try:
-        return msgspec.structs.replace(msgspec.convert(wanted, Contents), objects=location)
+        contents = msgspec.convert({"compression": compression, "durability": durability}, Contents)
     except msgspec.ValidationError:
         raise Refusal(errno.EINVAL, "give --compress zstd, lz4 or none, and --durability s3 or local", 2) from None
+    return msgspec.structs.replace(contents, objects=location)

@@ -17,7 +17,7 @@ from polefs.objects.location import S3Location
 from polefs.objects.s3errors import AnswerError, StoreError, explain
 from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS
 from polefs.objects.s3http import Buffer, DataPlane, checksum_of
-from polefs.objects.s3multipart import MULTIPART_ABOVE, MultipartPut
+from polefs.objects.s3multipart import MULTIPART_ABOVE, PART_SIZE, MultipartPut
 from polefs.objects.s3operate import DEADLINE, Operator
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class S3Store:
     ) -> None:
         """For ``open``."""
         self.location = location
+        self.plane = plane
         self._client = client
-        self._plane = plane
         self._resources = resources
         self._operator = Operator(location.url, deadline)
 
@@ -102,18 +102,26 @@ class S3Store:
         if not await send(key, parts, size, conditional=self.location.conditional_put):
             await self._compare(key, parts, size)
 
+    async def create(self, key: str, body: bytes) -> bool:
+        """A conditional PUT: False when the key exists, and nothing has been written."""
+        return await self._put(key, [body], len(body), conditional=True)
+
     async def probe_conditional_put(self, key: str, body: bytes) -> bool:
         """Write an object, and find out whether the server then refuses to write it again."""
-        parts, size = [body], len(body)
         try:
-            await self._put(key, parts, size, conditional=True)
+            await self.create(key, body)
         except StoreError as error:
             # A server that does not know the header either passes over it or refuses the request.
             if error.errno not in (errno.EOPNOTSUPP, errno.EIO) or error.transient:
                 raise
-            await self._put(key, parts, size, conditional=False)
+            await self._put(key, [body], len(body), conditional=False)
             return False
-        return not await self._put(key, parts, size, conditional=True)
+        return not await self.create(key, body)
+
+    def multipart(self, key: str) -> MultipartPut:
+        """What ``put`` does with large objects."""
+        name = self.location.key(key)
+        return MultipartPut(self._client, self.plane, self._operator, self.location.bucket, name, self.url(key))
 
     async def adopt(self, key: str, path: str) -> bool:
         return False
@@ -124,14 +132,14 @@ class S3Store:
         name = self.location.key(key)
 
         async def attempt() -> bytes | memoryview:
-            answer = await self._plane.get(name, offset, length)
+            answer = await self.plane.get(name, offset, length)
             if answer.status != 206:
-                raise StoreError(errno.EOPNOTSUPP, f"{self._url(key)}: the server does not know ranged GETs")
+                raise StoreError(errno.EOPNOTSUPP, f"{self.url(key)}: the server does not know ranged GETs")
             return answer.body
 
-        data = await self._operator.run(attempt, self._url(key), length)
+        data = await self._operator.run(attempt, self.url(key), length)
         if len(data) != length:
-            raise StoreError(errno.EIO, f"{self._url(key)}: the object is shorter than its metadata says")
+            raise StoreError(errno.EIO, f"{self.url(key)}: the object is shorter than its metadata says")
         return data
 
     def get_now(self, key: str, offset: int, length: int) -> None:
@@ -142,9 +150,9 @@ class S3Store:
         name = self.location.key(key)
 
         async def attempt() -> bytes | memoryview:
-            return (await self._plane.request("GET", name, {}, limit=limit)).body
+            return (await self.plane.request("GET", name, {}, limit=limit)).body
 
-        return await self._operator.run(attempt, self._url(key), limit)
+        return await self._operator.run(attempt, self.url(key), limit)
 
     async def delete(self, keys: Sequence[str]) -> None:
         for first in range(0, len(keys), _DELETE_MAX):
@@ -169,7 +177,7 @@ class S3Store:
                 ]
                 return found, page.get("NextContinuationToken")
 
-            found, token = await self._operator.run(attempt, self._url(prefix))
+            found, token = await self._operator.run(attempt, self.url(prefix))
             for info in found:
                 yield info
             if token is None:
@@ -189,10 +197,10 @@ class S3Store:
             )
             for failed in answer.get("Errors", ()):
                 if failed.get("Code") != "NoSuchKey":
-                    text = f"{self._url(failed.get('Key', ''))}: {failed.get('Code')} ({failed.get('Message')})"
+                    text = f"{self.url(failed.get('Key', ''))}: {failed.get('Code')} ({failed.get('Message')})"
                     raise StoreError(errno.EIO, f"cannot delete {text}", transient=True)
 
-        await self._operator.run(attempt, self._url(keys[0]))
+        await self._operator.run(attempt, self.url(keys[0]))
 
     async def _put(self, key: str, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
         """False when the key exists and the server has therefore written nothing."""
@@ -203,19 +211,17 @@ class S3Store:
 
         async def attempt() -> bool:
             try:
-                await self._plane.request("PUT", name, headers, body=parts)
+                await self.plane.request("PUT", name, headers, body=parts)
             except AnswerError as error:
                 if error.answer.status != 412:
                     raise
                 return False
             return True
 
-        return await self._operator.run(attempt, self._url(key), size)
+        return await self._operator.run(attempt, self.url(key), size)
 
     async def _put_in_parts(self, key: str, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
-        name = self.location.key(key)
-        upload = MultipartPut(self._client, self._plane, self._operator, self.location.bucket, name, self._url(key))
-        return await upload.put(parts, size, conditional=conditional)
+        return await self.multipart(key).put(parts, size, conditional=conditional, part_size=PART_SIZE)
 
     async def _compare(self, key: str, parts: Sequence[Buffer], size: int) -> None:
         """FileExistsError when the object that is there is not the one that we wanted to write."""
@@ -223,7 +229,7 @@ class S3Store:
         checksum = await checksum_of(parts, size)
 
         async def attempt() -> bool:
-            found = await self._plane.request("HEAD", name, {"x-amz-checksum-mode": "ENABLED"})
+            found = await self.plane.request("HEAD", name, {"x-amz-checksum-mode": "ENABLED"})
             if int(found.headers.get("Content-Length", -1)) != size:
                 return False
             there = found.headers.get("x-amz-checksum-crc32c")
@@ -232,8 +238,9 @@ class S3Store:
                 return there == checksum
             return await checksum_of([await self.get(key, 0, size)], size) == checksum
 
-        if not await self._operator.run(attempt, self._url(key), size):
-            raise FileExistsError(errno.EEXIST, f"{self._url(key)}: there is another object with this key")
+        if not await self._operator.run(attempt, self.url(key), size):
+            raise FileExistsError(errno.EEXIST, f"{self.url(key)}: there is another object with this key")
 
-    def _url(self, key: str) -> str:
+    def url(self, key: str) -> str:
+        """Of an object, or of the store (``""``), for people."""
         return f"{self.location.url}/{key}" if key else self.location.url

@@ -62,7 +62,7 @@ class DataPlane:
         scope = dict(urllib.parse.parse_qsl(parts.query))["X-Amz-Credential"]
         _, _, self.region, service, _ = scope.rsplit("/", 4)
         self._path = parts.path.removesuffix("_")
-        self._server = f"{parts.scheme}://{parts.netloc}"
+        self.server = f"{parts.scheme}://{parts.netloc}"
         self._host = _host_header(parts)
         self._session = session
         self._fetcher = fetcher
@@ -104,7 +104,7 @@ class DataPlane:
         if self._fetcher is None:
             return await self.request("GET", key, headers, limit=length)
         target = self._path + _quote(key)
-        signed = await self._sign("GET", self._server + target, headers)
+        signed = await self._sign("GET", self.server + target, headers)
         signed["Host"] = self._host
         response = await self._fetcher.get(target, signed, length)
         if response.status >= 300:
@@ -122,7 +122,7 @@ class DataPlane:
         limit: int = 0,
     ) -> Response:
         """``key`` is that in the bucket. An answer with more than ``limit`` bytes is cut off there."""
-        url = self._server + self._path + _quote(key)
+        url = self.server + self._path + _quote(key)
         if query:
             url += "?" + urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
         signed = await self._sign(method, url, headers)

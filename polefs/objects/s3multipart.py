@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MULTIPART_ABOVE: Final = 64 << 20
 """Larger objects are sent in parts, bytes."""
 
-_PART_SIZE: Final = 16 << 20
+PART_SIZE: Final = 16 << 20
+"""Of all parts but the last, unless there would be too many, bytes."""
+
 _PARTS_MAX: Final = 10_000
 """Of S3."""
 _PARALLEL: Final = 4
@@ -40,12 +42,12 @@ class MultipartPut:
         self._url = url
         self._upload = ""
 
-    async def put(self, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
+    async def put(self, parts: Sequence[Buffer], size: int, *, conditional: bool, part_size: int) -> bool:
         """False when there is an object with this key; maybe ours, when the answer to an earlier attempt was lost.
         After any other end than that the upload is aborted, so that the server gives its parts back."""
         self._upload = await self._operator.run(self._create, self._url)
         try:
-            done = await self._send(parts, size)
+            done = await self._send(parts, max(part_size, -(-size // _PARTS_MAX)))
             return await self._complete(done, conditional=conditional)
         except BaseException:
             with contextlib.suppress(OSError, TimeoutError):
@@ -59,15 +61,14 @@ class MultipartPut:
         )
         return answer["UploadId"]
 
-    async def _send(self, parts: Sequence[Buffer], size: int) -> list[CompletedPartTypeDef]:
+    async def _send(self, parts: Sequence[Buffer], part_size: int) -> list[CompletedPartTypeDef]:
         room = asyncio.Semaphore(_PARALLEL)
 
         async def send(number: int, piece: list[memoryview]) -> CompletedPartTypeDef:
             async with room:
                 return await self._send_part(number, piece)
 
-        length = max(_PART_SIZE, -(-size // _PARTS_MAX))
-        pieces = enumerate(_split(parts, length), start=1)
+        pieces = enumerate(_split(parts, part_size), start=1)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(send(number, piece)) for number, piece in pieces]

@@ -21,8 +21,14 @@ from enum import Enum, auto
 
 import aiohttp
 from aiohttp import web
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.config import Config
+from botocore.credentials import Credentials
 from multidict import CIMultiDict
 from yarl import URL
+
+from tests.s3.server import ACCESS_KEY, REGION, SECRET_KEY
 
 START_SECONDS = 30.0
 
@@ -60,9 +66,24 @@ class Fault(Enum):
     """403 RequestTimeTooSkewed: the server finds our clock far off."""
     ACCESS_DENIED = auto()
     """403 AccessDenied: the permissions have been taken away."""
+    WRONG_REGION = auto()
+    """400 AuthorizationHeaderMalformed: the bucket is in eu-west-1."""
+    NO_CONDITIONS = auto()
+    """The server passes over ``If-None-Match``."""
+    NO_CHECKSUMS = auto()
+    """The server passes over checksums."""
+    NO_RANGES = auto()
+    """The server passes over ``Range``."""
 
+
+_PASSED_OVER = {
+    Fault.NO_CONDITIONS: "If-None-Match",
+    Fault.NO_CHECKSUMS: "x-amz-checksum-crc32c",
+    Fault.NO_RANGES: "Range",
+}
 
 _REFUSALS = {
+    Fault.WRONG_REGION: (400, "AuthorizationHeaderMalformed", "the region 'us-east-1' is wrong"),
     Fault.INTERNAL_ERROR: (500, "InternalError", "We encountered an internal error. Please try again."),
     Fault.SLOW_DOWN: (503, "SlowDown", "Please reduce your request rate."),
     Fault.SKEWED_CLOCK: (403, "RequestTimeTooSkewed", "The difference between the request time and ours is too large."),
@@ -252,11 +273,12 @@ class FaultProxy:
             return web.Response(status=502, text="<html><body>502 Bad Gateway</body></html>", content_type="text/html")
         if fault in _REFUSALS:
             status, code, message = _REFUSALS[fault]
-            text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'
+            details = f"<Code>{code}</Code><Message>{message}</Message><Region>eu-west-1</Region>"
+            text = f'<?xml version="1.0"?><Error>{details}</Error>'
             return web.Response(status=status, body=text.encode(), content_type="application/xml")
         if fault is Fault.GARBLE_REQUEST:
             body = _garble(body)
-        status, headers, answer = await self._forward(request, body)
+        status, headers, answer = await self._forward(request, body, _PASSED_OVER.get(fault) if fault else None)
         if fault is Fault.LOSE_REPLY:
             return _broken(transport)
         if fault is Fault.GARBLE_ANSWER:
@@ -276,9 +298,13 @@ class FaultProxy:
             await response.write(answer)
         return response
 
-    async def _forward(self, request: web.BaseRequest, body: bytes) -> tuple[int, CIMultiDict[str], bytes]:
+    async def _forward(
+        self, request: web.BaseRequest, body: bytes, without: str | None
+    ) -> tuple[int, CIMultiDict[str], bytes]:
         assert self._client is not None
         headers = CIMultiDict((name, value) for name, value in request.headers.items() if name.lower() not in _HOP)
+        if headers.pop(without or "", None) is not None:
+            headers = _sign_again(request, headers)
         url = URL(self._target + request.raw_path, encoded=True)
         try:
             async with self._client.request(
@@ -294,6 +320,15 @@ class FaultProxy:
         if request.method != "HEAD":
             kept["Content-Length"] = str(len(content))
         return answer.status, kept, content
+
+
+def _sign_again(request: web.BaseRequest, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+    """After a signed header has been taken away."""
+    kept = {name: value for name, value in headers.items() if name.lower() not in ("authorization", "x-amz-date")}
+    unsigned = AWSRequest(request.method, f"http://{request.host}{request.raw_path}", headers=kept)
+    unsigned.context["client_config"] = Config(s3={"payload_signing_enabled": False})
+    S3SigV4Auth(Credentials(ACCESS_KEY, SECRET_KEY), "s3", REGION).add_auth(unsigned)
+    return CIMultiDict(unsigned.headers.items())
 
 
 def _broken(transport: asyncio.Transport) -> web.StreamResponse:

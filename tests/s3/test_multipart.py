@@ -25,7 +25,7 @@ BODY = hashlib.shake_256(b"multipart").digest(3 * PART + 12345)
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "MULTIPART_ABOVE", 2 * PART)
-    monkeypatch.setattr(s3multipart, "_PART_SIZE", PART)
+    monkeypatch.setattr(s3, "PART_SIZE", PART)
 
 
 @pytest.fixture

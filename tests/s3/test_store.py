@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 
+import msgspec
 import pytest
 
 from polefs.objects.base import segment_key
 from polefs.objects.s3 import S3Store
 from polefs.objects.s3errors import StoreError
+from tests.s3.faults import Fault, FaultProxy
 from tests.s3.helpers import all_of, location_of, use
 from tests.s3.server import BUCKET, READER_KEY, SECRET_KEY, Place, SeaweedServer
 
@@ -183,6 +185,13 @@ def test_no_permission(s3_place: Place, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     _refusal(s3_place, errno.EACCES, "no permission: allow the key s3:ListBucket", writes=True)
+
+
+def test_wrong_region(s3_place: Place, proxy: FaultProxy) -> None:
+    proxy.inject(Fault.WRONG_REGION)
+    place = msgspec.structs.replace(s3_place, endpoint=proxy.endpoint)
+    _refusal(place, errno.EXDEV, "wrong region: the bucket is in region eu-west-1: give --region eu-west-1")
+    _refusal(place, errno.EXDEV, "give --region eu-west-1", writes=True)
 
 
 def test_no_such_bucket(s3_server: SeaweedServer) -> None:
