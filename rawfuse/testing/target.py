@@ -47,8 +47,8 @@ class TargetSpec:
     """A file system as the suite knows it: how to mount it.
 
     ``command`` serves it in the foreground, ``check`` is run after every unmount and must end with code 0. In both
-    ``{mountpoint}`` is where to mount and ``{scratch}`` a directory of its own that stays over a remount. Without a
-    command it is a plain directory. ``lacks``: names of ``LACKS``.
+    ``{mountpoint}`` is where to mount, ``{scratch}`` a directory of its own that stays over a remount, and ``{log}``
+    what the servers have written. Without a command it is a plain directory. ``lacks``: names of ``LACKS``.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Target:
         self.scratch.mkdir()
         self.watchdog = watchdog
         self.path = place / "mnt"
+        self.log = place / "server.log"
         self.server: Server | None = None
         self._numbers = itertools.count(1)
 
@@ -78,7 +79,7 @@ class Target:
     def start(self) -> None:
         self.path.mkdir(exist_ok=True)
         if self.spec.command:
-            self.server = Server(self._filled(self.spec.command), self.path, self.place / "server.log")
+            self.server = Server(self._filled(self.spec.command), self.path, self.log)
             self.server.start()
             self.watchdog.watch(self.server)
 
@@ -117,11 +118,11 @@ class Target:
         return path
 
     def _filled(self, words: Sequence[str]) -> list[str]:
-        places = (("{mountpoint}", str(self.path)), ("{scratch}", str(self.scratch)))
+        places = {"{mountpoint}": self.path, "{scratch}": self.scratch, "{log}": self.log}
         filled = []
         for word in words:
-            for name, path in places:
-                word = word.replace(name, path)
+            for name, path in places.items():
+                word = word.replace(name, str(path))
             filled.append(word)
         return filled
 

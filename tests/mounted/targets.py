@@ -62,7 +62,7 @@ def over(transport: str) -> TargetSpec:
     if transport == "uring":
         command = ["sh", "-c", f'echo Y > {ENABLE_URING} && exec "$@"', "sh", *command]
     used = 'test "$(sed -n "s/.*transport: //p" "$1" | sort -u)" = "$2" || { cat "$1"; exit 1; }'
-    check = ["sh", "-c", used, "sh", "{scratch}/../server.log", transport]
+    check = ["sh", "-c", used, "sh", "{log}", transport]
     return TargetSpec(f"memory-{transport}", command, check, MEMORY.lacks)
 
 
