@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -84,18 +86,30 @@ sys.stdin.read()
 """
 
 
-def test_other_mounts_can_end(server: Server) -> None:
-    """A test run that starts while a file system is mounted outside does not keep that one alive."""
+@contextmanager
+def other_run(cwd: Path) -> Iterator[str]:
+    """Another test run, and its mounts."""
     with subprocess.Popen(
-        [sys.executable, "-c", OTHER_RUN], cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", OTHER_RUN], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as run:
         assert run.stdout is not None and run.stdin is not None
         assert run.stdout.readline() == "entered\n"
-        assert str(server.mountpoint) not in Path(f"/proc/{run.pid}/mountinfo").read_text()
-        assert find_mount(server.mountpoint) is not None
-        server.unmount()
+        yield Path(f"/proc/{run.pid}/mountinfo").read_text()
         run.stdin.close()
         assert run.wait() == 0
+
+
+def test_other_mounts_can_end(server: Server) -> None:
+    """A test run that starts while a file system is mounted outside does not keep that one alive."""
+    with other_run(Path("/")) as its_mounts:
+        assert str(server.mountpoint) not in its_mounts
+        assert find_mount(server.mountpoint) is not None
+        server.unmount()
+
+
+def test_a_mount_that_it_runs_from_stays(server: Server) -> None:
+    with other_run(server.mountpoint) as its_mounts:
+        assert str(server.mountpoint) in its_mounts
 
 
 class Outside:

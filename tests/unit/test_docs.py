@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = [
-    *REPOSITORY.glob("*.md"),
-    *(page for top in ("bench", "docs", "examples") for page in (REPOSITORY / top).rglob("*.md")),
-]
+PATTERNS = ("*.md", "bench/*.md", "docs/**/*.md", "examples/*.md")
+PAGES = [page for pattern in PATTERNS for page in sorted(REPOSITORY.glob(pattern))]
 _LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
