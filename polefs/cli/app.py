@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from polefs import __version__
-from polefs.cli import flush, format, fsck, loglevel, mount, objbench, status, umount
+from polefs.cli import cache, flush, format, fsck, loglevel, mount, objbench, status, umount, warmup
 from polefs.node.errors import Refusal, plain
 
 USAGE_STATUS = 2
@@ -51,7 +51,7 @@ def _root(
     """
 
 
-for _module in (mount, umount, format, status, fsck, flush, loglevel, objbench):
+for _module in (mount, umount, format, status, fsck, flush, cache, warmup, loglevel, objbench):
     app.command(_module.NAME)(_module.command)
 
 

@@ -28,6 +28,6 @@ def command(
         with connect(target) as client:
             for reply in client.request(Flush()):
                 if isinstance(reply, Progress):
-                    yield reply.dirty_bytes
+                    yield reply.left
 
     show_progress(remaining(), "writing back")

@@ -19,7 +19,7 @@ from typing import Protocol
 import msgspec
 
 from polefs.node.errors import plain
-from polefs.node.status import Status
+from polefs.node.status import CacheStatus, Status
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,33 @@ class SetLogLevel(msgspec.Struct, frozen=True, tag="log-level", tag_field="reque
     level: str
 
 
+class GetCache(msgspec.Struct, frozen=True, tag="cache", tag_field="request"):
+    """Answered with ``CacheReply``."""
+
+
+class ShrinkCache(msgspec.Struct, frozen=True, tag="shrink-cache", tag_field="request"):
+    """Remove what has not been used for the longest time until so many bytes are left, as far as nothing uses it."""
+
+    size: int
+
+
+class WarmUp(msgspec.Struct, frozen=True, tag="warm-up", tag_field="request"):
+    """Cache all files below these paths, which start at the root of the volume and have no symbolic links in them."""
+
+    paths: list[bytes]
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress", tag_field="reply"):
-    dirty_bytes: int
+    left: int
+    """Bytes still to be done."""
 
 
 class StatusReply(msgspec.Struct, frozen=True, tag="status", tag_field="reply"):
     status: Status
+
+
+class CacheReply(msgspec.Struct, frozen=True, tag="cache", tag_field="reply"):
+    cache: CacheStatus
 
 
 class Done(msgspec.Struct, frozen=True, tag="done", tag_field="reply"):
@@ -67,8 +88,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="reply"):
     message: str
 
 
-Request = GetStatus | Flush | Unmount | SetLogLevel
-Reply = Progress | StatusReply | Done | Failed
+Request = GetStatus | Flush | Unmount | SetLogLevel | GetCache | ShrinkCache | WarmUp
+Reply = Progress | StatusReply | CacheReply | Done | Failed
 
 
 class Handler(Protocol):

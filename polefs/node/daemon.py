@@ -20,6 +20,8 @@ import uvloop
 
 from polefs import __version__
 from polefs.client import AccessTimes, PoleFileSystem
+from polefs.client.warmup import WarmUp
+from polefs.data.cache.reader import CachedContents
 from polefs.node import control
 from polefs.node.errors import Refusal, plain
 from polefs.node.fuse import check_fuse, explain
@@ -28,7 +30,7 @@ from polefs.node.logs import LEVELS, current_level, set_level, set_up_logging
 from polefs.node.mountinfo import find_mount
 from polefs.node.mountpoint import check_mountpoint
 from polefs.node.options import MountRequest
-from polefs.node.status import Status
+from polefs.node.status import CacheStatus, Status
 from polefs.node.storage import Storage, open_storage
 from polefs.node.volume import Volume, open_or_make_volume
 from polefs.objects.localio import space_of
@@ -159,6 +161,16 @@ class MountedVolume:
                 if self._failure is not None:
                     raise self._failure
                 yield control.Done()
+            case control.GetCache():
+                yield control.CacheReply(await self._cache_status())
+            case control.ShrinkCache(size):
+                await self._cached().cache.measure()
+                await self._cached().cache.shrink(size)
+                yield control.Done()
+            case control.WarmUp(paths):
+                async for progress in self._warm_up(paths):
+                    yield progress
+                yield control.Done()
 
     async def _mount(self) -> None:
         try:
@@ -231,6 +243,46 @@ class MountedVolume:
             log_level=current_level(),
             version=__version__,
         )
+
+    def _cached(self) -> CachedContents:
+        cached = self._storage.files.cached
+        if cached is None:
+            raise Refusal(
+                errno.EOPNOTSUPP, f"volume {self._volume.path} keeps its contents in a local directory: it has no cache"
+            )
+        return cached
+
+    async def _cache_status(self) -> CacheStatus:
+        cached = self._cached()
+        usage = await cached.cache.measure()
+        return CacheStatus(
+            directory=cached.cache.path,
+            size=usage.bytes,
+            size_limit=cached.cache.limits.size,
+            free_limit=cached.cache.limits.free,
+            files=usage.files,
+            hits=cached.hits,
+            misses=cached.misses,
+            dirty_bytes=self._storage.files.dirty_bytes,
+        )
+
+    async def _warm_up(self, paths: list[bytes]) -> AsyncIterator[control.Progress]:
+        cached = self._cached()
+        warm_up = WarmUp(self._storage.meta, cached, cached.cache.limits.size)
+        running = asyncio.create_task(warm_up.run(paths))
+        unmounted = asyncio.create_task(self._detached.wait())
+        try:
+            while not running.done() and not unmounted.done():
+                if warm_up.left is not None:
+                    yield control.Progress(warm_up.left)
+                await asyncio.wait({running, unmounted}, timeout=PROGRESS_INTERVAL, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done():
+                raise Refusal(errno.ENOTCONN, f"{self._request.mountpoint} was unmounted meanwhile")
+            running.result()
+        finally:
+            for task in (running, unmounted):
+                task.cancel()
+            await asyncio.wait({running, unmounted})
 
     def _on_signal(self, number: int) -> None:
         if self._stopping is None:

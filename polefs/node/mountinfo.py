@@ -19,9 +19,11 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 class Mount(msgspec.Struct, frozen=True):
-    """One mount. ``options`` are those of the mount and of its superblock."""
+    """One mount. ``root`` is the directory of the file system that is seen at the mount point; ``options`` are those of
+    the mount and of its superblock."""
 
     mountpoint: str
+    root: str
     fstype: str
     source: str
     options: frozenset[str]
@@ -40,7 +42,8 @@ def parse_mountinfo(text: str) -> Iterator[Mount]:
         fields = left.split(" ")
         fstype, source, *superblock = right.split(" ")
         options = fields[5].split(",") + (superblock[0].split(",") if superblock else [])
-        yield Mount(_unescape(fields[4]), _unescape(fstype), _unescape(source), frozenset(options))
+        mountpoint, root, fstype, source = map(_unescape, (fields[4], fields[3], fstype, source))
+        yield Mount(mountpoint, root, fstype, source, frozenset(options))
 
 
 def mounts() -> list[Mount]:
@@ -52,6 +55,14 @@ def mounts() -> list[Mount]:
 def find_mount(path: str) -> Mount | None:
     """The mount that is seen at exactly this absolute, resolved path."""
     return next((mount for mount in reversed(mounts()) if mount.mountpoint == path), None)
+
+
+def mount_of(path: str) -> Mount | None:
+    """The mount that an absolute path without symbolic links is on."""
+    seen = {mount.mountpoint: mount for mount in mounts()}
+    while path != "/" and path not in seen:
+        path = os.path.dirname(path)
+    return seen.get(path)
 
 
 def resolve(path: str) -> str:

@@ -5,6 +5,22 @@ from __future__ import annotations
 import msgspec
 
 
+class CacheStatus(msgspec.Struct, kw_only=True):
+    """Sizes are bytes."""
+
+    directory: str
+    size: int
+    size_limit: int
+    free_limit: int
+    """Left free on its file system."""
+    files: int
+    hits: int
+    misses: int
+    """What has been read from files since the mount: what was cached, and what had to be fetched."""
+    dirty_bytes: int
+    """Not yet written back; these are not in the cache."""
+
+
 class Status(msgspec.Struct, kw_only=True):
     """Sizes are bytes; limits of 0 mean none. Fields of the daemon are None while the volume is not mounted."""
 

@@ -53,7 +53,7 @@ def _ask(client: control.ControlClient, lazy: bool) -> Iterator[int]:
     try:
         for reply in client.request(control.Unmount(lazy), patience=PATIENCE):
             if isinstance(reply, control.Progress):
-                yield reply.dirty_bytes
+                yield reply.left
         if process is not None:
             select.select([process], [], [])
     finally:

@@ -123,7 +123,7 @@ MOUNTINFO = r"""22 1 254:1 / / rw,relatime - ext4 /dev/vda1 rw,errors=remount-ro
 
 def test_mountinfo() -> None:
     first, second, third, fourth = parse_mountinfo(MOUNTINFO)
-    assert first == Mount("/", "ext4", "/dev/vda1", frozenset(["rw", "relatime", "errors=remount-ro"]))
+    assert first == Mount("/", "/", "ext4", "/dev/vda1", frozenset(["rw", "relatime", "errors=remount-ro"]))
     assert (second.mountpoint, second.source) == ("/mnt/a b", "/srv/v\\x")
     assert second.is_polefs
     assert {"ro", "nosuid", "user_id=0"} <= second.options

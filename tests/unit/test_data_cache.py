@@ -120,6 +120,19 @@ def test_second_read_fetches_nothing(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_all_that_was_fetched_at_a_time_is_cached(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(20 * MIB)
+        ino = await write(volume, b"a", data)
+        await cached(volume).warm(ino)
+        fetched = gate.bytes
+        assert fetched == len(data)
+        assert await volume.read(ino) == data
+        assert gate.bytes == fetched
+
+    run(tmp_path, work)
+
+
 def test_one_range_is_fetched_once_for_all_who_want_it(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         data = os.urandom(MIB)

@@ -258,8 +258,7 @@ class CacheDirectory:
             except OSError:
                 self.distrust()
             raise
-        free = os.fstatvfs(fd)
-        return (os.fstat(fd).st_blocks - before.st_blocks) * 512, free.f_bavail * free.f_frsize
+        return (os.fstat(fd).st_blocks - before.st_blocks) * 512, self.free()
 
     def keep(self, files: Iterable[tuple[int, Sequence[DataPiece], int, bool]]) -> tuple[int, int]:
         """Make valid the blocks that lie within these pieces of contents: ``(ino, pieces, size, may_link)`` of many
@@ -273,8 +272,7 @@ class CacheDirectory:
                 grown += os.fstat(replica.fd).st_blocks * 512
             else:
                 grown += self._copy(ino, pieces, size)
-        free = os.fstatvfs(self._lock.fd)
-        return grown, free.f_bavail * free.f_frsize
+        return grown, self.free()
 
     def _copy(self, ino: int, pieces: Sequence[DataPiece], size: int) -> int:
         grown = 0
@@ -355,6 +353,11 @@ class CacheDirectory:
                 os.unlink(path)
         return freed
 
+    def free(self) -> int:
+        """Bytes that are free on the cache's file system."""
+        found = os.fstatvfs(self._lock.fd)
+        return found.f_bavail * found.f_frsize
+
     def scan(self, most: int) -> Usage:
         """Look at all cache files; ``most``: how many of the oldest are told."""
         files = total = 0
@@ -366,7 +369,7 @@ class CacheDirectory:
                 total += status.st_blocks * 512
                 yield status.st_mtime_ns, ino, status.st_blocks * 512
 
-        oldest = heapq.nsmallest(most, ages())
+        oldest = heapq.nsmallest(max(most, 1), ages())[:most]  # for none at all it would not look at any
         return Usage(files, total, [(ino, size) for _, ino, size in oldest])
 
     def _walk(self) -> Iterator[tuple[int, os.stat_result]]:

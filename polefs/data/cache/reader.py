@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 FLIGHT_MAX: Final = 4 << 20
 """Longest flight, bytes: what one request fetches."""
 
+_WARMED: Final = 16 << 20
+"""Bytes of a file that ``warm`` fetches at a time."""
+
 _THREADS: Final = 4
 
 _SMALL: Final = 256 << 10
@@ -39,9 +42,12 @@ _SMALL: Final = 256 << 10
 
 
 class _Flight:
-    """``[start, end)``, whole blocks; ``done`` brings the bytes, with zeros beyond the end of the file."""
+    """``[start, end)``, whole blocks; ``done`` brings the bytes, with zeros beyond the end of the file, and at the end
+    of ``task`` they are cached."""
 
-    __slots__ = ("done", "end", "generation", "start")
+    __slots__ = ("done", "end", "generation", "start", "task")
+
+    task: asyncio.Task[None]
 
     def __init__(self, start: int, end: int, generation: int) -> None:
         self.start = start
@@ -190,6 +196,31 @@ class CachedContents:
             return await gather(self._segments, extents, start, end)
         return cut(flight.done.result(), flight.start, start, end)
 
+    async def warm(self, ino: int) -> None:
+        """Bring all of a file into the cache, as far as it can take it. Errors as of ``Segments``."""
+        position = 0
+        while True:
+            inode = await self._meta.get_inode(ino)
+            if position >= inode.size or inode.inline is not None:
+                return
+            end = min(position + _WARMED, _up(inode.size))
+            try:
+                file = await self.cache.open(ino)
+                extents = await self._look_up(inode, position, end)
+                if file is not None and not file.changing and not file.gone:
+                    segments = self._neighbours if inode.size <= _SMALL else self._segments
+                    for each in _missing(file, extents, position, end):
+                        self._board(file, segments, extents, *each)
+                    flights = list(file.reading.flights)
+                    if flights:
+                        await asyncio.wait([flight.task for flight in flights])
+                    for flight in flights:
+                        flight.done.result()
+            except (ContentsChanged, FileNotFoundError):
+                self._extents.invalidate(ino)
+                continue
+            position = end
+
     # Flights
 
     def _board(
@@ -236,7 +267,7 @@ class CachedContents:
         flight = _Flight(start, end, file.generation)
         file.reading.flights.append(flight)
         file.users += 1
-        self._start(self._fly(file, flight, segments, extents, paid))
+        flight.task = self._start(self._fly(file, flight, segments, extents, paid))
 
     async def _fly(
         self,
@@ -267,10 +298,11 @@ class CachedContents:
             file.reading.flights.remove(flight)
             file.users -= 1
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _up(offset: int, unit: int = BLOCK) -> int:

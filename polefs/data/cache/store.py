@@ -21,7 +21,7 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from polefs.data.cache.directory import BLOCK, CacheDirectory, block_runs
+from polefs.data.cache.directory import BLOCK, CacheDirectory, Usage, block_runs
 from polefs.data.cache.rangeset import Range, RangeSet
 from polefs.data.segments import DataPiece
 from polefs.objects.localio import OpenFile, read_available, read_cached
@@ -162,8 +162,7 @@ class ContentCache(Generic[R]):
             self.bytes += (await asyncio.to_thread(self._directory.scan, 0)).bytes
         except OSError as error:
             log.warning("cannot read the cache in %s: %s", self._directory.path, error.strerror)
-        if self.bytes > self.limits.size:
-            self.shrink(int(self.limits.size * _KEEP))
+        self._grow(0, self.limits.free)
 
     async def close(self, *, clean: bool = True) -> None:
         """``clean``: everything that has changed the volume is committed, durably."""
@@ -177,6 +176,16 @@ class ContentCache(Generic[R]):
         self._files.clear()
         await self._run(_mark_used, [file.handle for file in files if file.handle is not None])
         await asyncio.get_running_loop().run_in_executor(self._threads, lambda: self._directory.close(clean=clean))
+
+    @property
+    def path(self) -> str:
+        return self._directory.path
+
+    async def measure(self) -> Usage:
+        """What there is now: looks at all cache files."""
+        usage = await asyncio.to_thread(self._directory.scan, 0)
+        self.bytes = usage.bytes
+        return usage
 
     def _run(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
@@ -265,9 +274,10 @@ class ContentCache(Generic[R]):
             return
         file.filling += 1
         try:
+            if file.handle is None:
+                created = await self._run(self._directory.create, file.ino)
+                file.handle = file.handle or created  # another fill may have been faster
             handle = file.handle
-            if handle is None:
-                handle = file.handle = await self._run(self._directory.create, file.ino)
             grown, free = await self._run(self._directory.fill, handle, start, parts)
         except OSError as error:
             self._pause(error)
@@ -293,9 +303,9 @@ class ContentCache(Generic[R]):
     async def keep(self, contents: Sequence[tuple[int, Sequence[DataPiece], int]]) -> None:
         """``(ino, pieces, size)`` of files: these pieces are their committed contents now. What fails costs the cache
         these bytes and is no error."""
-        files = [(self._files.get(ino) or self._enter(ino), pieces, size) for ino, pieces, size in contents]
-        if not files or self._paused:
+        if not contents or self._paused:
             return
+        files = [(self._files.get(ino) or self._enter(ino), pieces, size) for ino, pieces, size in contents]
         work: list[tuple[CachedFile[R], int, Sequence[DataPiece], int]] = []
         for file, pieces, size in files:
             if not file.changing and not file.gone:
@@ -304,9 +314,8 @@ class ContentCache(Generic[R]):
                     file.unload()
                 work.append((file, file.generation, pieces, size))
         try:
-            grown, free = await self._run(
-                self._directory.keep, [(file.ino, pieces, size, file.handle is None) for file, _, pieces, size in work]
-            )
+            wanted = [(file.ino, pieces, size, file.handle is None) for file, _, pieces, size in work]
+            grown, free = await _to_its_end(self._run(self._directory.keep, wanted))
         except OSError as error:
             self._pause(error)
             return
@@ -416,9 +425,10 @@ class ContentCache(Generic[R]):
                     sizes = dict(usage.oldest)
                     await self._evict_some([(ino, sizes[ino]) for ino in [*self._files] if ino in sizes])
                 if self.bytes >= before:
-                    # All that is left is in use, or grows as fast: nothing is cached for a while.
-                    self._paused_until = asyncio.get_running_loop().time() + _PAUSE
                     break
+            if self.bytes > self.limits.size or await asyncio.to_thread(self._directory.free) < self.limits.free:
+                # All that is left is in use, or others fill the disk.
+                self._paused_until = asyncio.get_running_loop().time() + _PAUSE
         except OSError as error:
             log.warning("cannot remove cache files in %s: %s", self._directory.path, error.strerror)
 

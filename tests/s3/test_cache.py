@@ -1,0 +1,190 @@
+"""The cache of a mounted volume in a bucket: what the commands show and do, and what befalls its directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.s3.faults import FaultProxy
+from tests.s3.volumes import S3Volume, polefs
+
+MakeVolume = Callable[..., S3Volume]
+
+MIB = 1 << 20
+
+
+def state(volume: S3Volume) -> dict[str, int]:
+    found: dict[str, int] = json.loads(polefs("cache", "--json", volume.root))
+    return found
+
+
+def drop_pages() -> None:
+    """What files held in the page cache is gone, theirs on the mount too."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+@pytest.fixture
+def small_disk(fuse_namespace: None, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,huge=never", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_warming_up_and_clearing(make_volume: MakeVolume) -> None:
+    volume = make_volume()
+    volume.start()
+    contents = {f"d/{number}": os.urandom(20_000 + number) for number in range(60)}
+    contents["big"] = os.urandom(9 * MIB)
+    (volume.root / "d").mkdir()
+    for name, data in contents.items():
+        (volume.root / name).write_bytes(data)
+    (volume.root / "link").symlink_to("d")
+    volume.stop()
+    volume.lose_local()
+    volume.start()
+    assert state(volume)["files"] == 0
+    polefs("warmup", volume.root / "link")
+    assert state(volume)["files"] == 60
+    polefs("warmup", volume.root)
+    assert state(volume)["files"] == 61
+    assert 9 * MIB < state(volume)["size"] < 12 * MIB
+    before = state(volume)["misses"]
+    for name, data in contents.items():
+        assert (volume.root / name).read_bytes() == data
+    assert state(volume)["misses"] == before
+    assert "hit rate:    100.0 %" in polefs("cache", volume.root)
+    polefs("cache", "--shrink", "4M", volume.path)
+    assert state(volume)["size"] <= 4 * MIB
+    polefs("cache", "--clear", volume.root)
+    assert (state(volume)["files"], state(volume)["size"]) == (0, 0)
+    drop_pages()
+    assert (volume.root / "big").read_bytes() == contents["big"]
+
+
+def test_commands_say_what_is_wrong(make_volume: MakeVolume, tmp_path: Path) -> None:
+    volume = make_volume(mount=("--cache-size", "1M"))
+    assert "is not mounted: mount it first" in polefs("cache", volume.path, code=1)
+    volume.start()
+    (volume.root / "file").write_bytes(os.urandom(3 * MIB))
+    polefs("flush", volume.root)
+    assert "raise --cache-size" in polefs("warmup", volume.root, code=1)
+    assert "No such file" in polefs("warmup", volume.root / "nothing", code=1)
+    assert "is not on a mounted volume" in polefs("warmup", tmp_path, code=1)
+    assert "give one of them" in polefs("cache", "--clear", "--shrink", "1M", volume.root, code=2)
+    assert "is no size" in polefs("cache", "--shrink", "much", volume.root, code=2)
+
+
+def test_a_local_volume_has_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    said = polefs("mount", "-f", "--cache-size", "1G", tmp_path / "volume", tmp_path / "mnt", code=2)
+    assert "leave out the options of the cache" in said
+
+
+def test_the_cache_elsewhere(make_volume: MakeVolume, tmp_path: Path) -> None:
+    """Two volumes can share a cache directory, and one volume cannot have another's part of it."""
+    place = tmp_path / "cache"
+    first = make_volume(mount=("-o", f"cache_dir={place}"))
+    second = make_volume(mount=("--cache-dir", str(place)))
+    for volume in (first, second):
+        volume.start()
+        (volume.root / "file").write_bytes(str(volume.path).encode() * 1000)
+        polefs("flush", volume.root)
+        assert state(volume)["files"] == 1
+    uuids = [json.loads(polefs("status", "--json", volume.path))["uuid"] for volume in (first, second)]
+    assert sorted(os.listdir(place)) == sorted(uuids)
+    first.stop()
+    second.stop()
+    assert not (first.path / "cache").exists()
+    shutil.rmtree(place / uuids[0])
+    os.rename(place / uuids[1], place / uuids[0])
+    said = polefs("mount", "-f", "--cache-dir", place, first.path, first.root, code=1)
+    assert f"belongs to volume {uuids[1]}" in said
+    os.rename(place / uuids[0], place / uuids[1])
+    first.start()
+    second.start()
+    for volume in (first, second):
+        assert (volume.root / "file").read_bytes() == str(volume.path).encode() * 1000
+
+
+def test_it_survives_the_death_of_the_daemon(proxy: FaultProxy, make_volume: MakeVolume) -> None:
+    volume = make_volume(endpoint=proxy.endpoint)
+    volume.start()
+    data = os.urandom(9 * MIB)
+    (volume.root / "file").write_bytes(data)
+    polefs("flush", volume.root)
+    volume.kill()
+    volume.start()
+    assert (volume.root / "file").read_bytes() == data
+    assert state(volume)["misses"] == 0
+
+
+def test_lost_while_mounted(make_volume: MakeVolume) -> None:
+    volume = make_volume()
+    volume.start()
+    contents = [os.urandom(2 * MIB) for _ in range(3)]
+    for number, data in enumerate(contents):
+        (volume.root / str(number)).write_bytes(data)
+    polefs("flush", volume.root)
+    shutil.rmtree(volume.path / "cache")
+    drop_pages()
+    for number, data in enumerate(contents):
+        assert (volume.root / str(number)).read_bytes() == data
+    volume.stop()
+    volume.start()
+    for number, data in enumerate(contents):
+        assert (volume.root / str(number)).read_bytes() == data
+
+
+def test_a_full_disk_under_it(make_volume: MakeVolume, small_disk: Path) -> None:
+    """Reading goes on, and what is read is right, whatever there is no room for."""
+    volume = make_volume(mount=("--cache-dir", str(small_disk), "--cache-free", "1"))
+    volume.start()
+    contents = [os.urandom(5 * MIB) for _ in range(8)]
+    for number, data in enumerate(contents):
+        (volume.root / str(number)).write_bytes(data)
+    polefs("flush", volume.root)
+    polefs("cache", "--shrink", "10M", volume.root)
+    (small_disk / "others").write_bytes(bytes(6 * MIB))
+    for _ in range(2):
+        drop_pages()
+        for number, data in enumerate(contents):
+            assert (volume.root / str(number)).read_bytes() == data
+    assert state(volume)["size"] <= 24 * MIB
+
+
+def test_under_a_small_limit(make_volume: MakeVolume) -> None:
+    volume = make_volume(mount=("-o", "cache_size=8M"))
+    volume.start()
+    contents = [os.urandom(MIB) for _ in range(24)]
+    for number, data in enumerate(contents):
+        (volume.root / str(number)).write_bytes(data)
+    for _ in range(2):
+        polefs("flush", volume.root)
+        drop_pages()
+        for number, data in enumerate(contents):
+            assert (volume.root / str(number)).read_bytes() == data
+    polefs("cache", "--shrink", "8M", volume.root)
+    assert state(volume)["size"] <= 8 * MIB
+
+
+def test_a_server_that_is_gone_and_comes_back(proxy: FaultProxy, make_volume: MakeVolume) -> None:
+    """What is cached can be read all the while."""
+    volume = make_volume(endpoint=proxy.endpoint)
+    volume.start()
+    data = os.urandom(3 * MIB)
+    (volume.root / "cached").write_bytes(data)
+    polefs("flush", volume.root)
+    proxy.refuse()
+    drop_pages()
+    assert (volume.root / "cached").read_bytes() == data
+    proxy.accept()
