@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,9 @@ from polefs.objects.s3operate import DEADLINE, Operator
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
+
+_LIST_PAGE: Final = 1000
+"""Keys in one answer, the most of S3 (ListObjectsV2)."""
 
 _DELETE_MAX: Final = 1000
 """Keys in one request (S3 DeleteObjects)."""
@@ -76,7 +80,11 @@ class S3Store:
         async with contextlib.AsyncExitStack() as resources:
             try:
                 session = get_session()
-                ca_bundle = location.ca_bundle or session.get_config_variable("ca_bundle")
+                ca_bundle = (
+                    location.ca_bundle
+                    or session.get_config_variable("ca_bundle")
+                    or ssl.get_default_verify_paths().cafile  # botocore would take its own
+                )
                 client = await resources.enter_async_context(
                     session.create_client(
                         "s3",
@@ -168,6 +176,7 @@ class S3Store:
                 page = await self._client.list_objects_v2(
                     Bucket=self.location.bucket,
                     Prefix=start + prefix,
+                    MaxKeys=_LIST_PAGE,
                     **following,  # type: ignore[arg-type]
                 )
                 found = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import ssl
 import urllib.parse
 import urllib.request
@@ -21,10 +22,10 @@ import google_crc32c
 from aiohttp.abc import AbstractStreamWriter
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import NoCredentialsError
+from botocore.exceptions import CredentialRetrievalError, NoCredentialsError
 from yarl import URL
 
-from polefs.objects.s3errors import Answer, AnswerError
+from polefs.objects.s3errors import Answer, AnswerError, StoreError
 from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS, Fetcher, Response
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class DataPlane:
         parts = urllib.parse.urlsplit(presigned)
         tls: ssl.SSLContext | None = None
         if parts.scheme == "https":
-            tls = await asyncio.to_thread(ssl.create_default_context, cafile=ca_bundle)
+            tls = await asyncio.to_thread(_trusting, ca_bundle)
         proxy = _proxy_for(parts)
         fetcher: Fetcher | None = None
         if proxy is None:
@@ -144,7 +145,10 @@ class DataPlane:
         await self._session.close()
 
     async def _sign(self, method: str, url: str, headers: Mapping[str, str]) -> dict[str, str]:
-        credentials = await self._credentials.get_frozen_credentials()
+        try:
+            credentials = await self._credentials.get_frozen_credentials()
+        except RuntimeError as error:  # what came is no longer valid
+            raise CredentialRetrievalError(provider=self._credentials.method, error_msg=error) from error
         if credentials is not self._signed_by:
             self._signed_by = self._signer.credentials = credentials
         request = AWSRequest(method, url, headers=headers)
@@ -169,6 +173,15 @@ class _Body(aiohttp.Payload):
     async def write(self, writer: AbstractStreamWriter) -> None:
         for part in self._value:
             await writer.write(part)
+
+
+def _trusting(ca_bundle: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_bundle)
+    except OSError as error:
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        text = f"cannot read the certificates in {ca_bundle} ({reason}): give a file with certificates in PEM form"
+        raise StoreError(errno.EINVAL, text) from error
 
 
 async def checksum_of(parts: Sequence[Buffer], size: int) -> str:

@@ -109,6 +109,8 @@ class Tally:
     requests: Counter[str] = field(default_factory=Counter)
     """By method."""
     faults: Counter[Fault] = field(default_factory=Counter)
+    hosts: set[str] = field(default_factory=set)
+    """The ``Host`` headers."""
     connections: int = 0
     running: int = 0
     most_running: int = 0
@@ -246,6 +248,7 @@ class FaultProxy:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.tally.requests[request.method] += 1
+        self.tally.hosts.add(request.host)
         self.tally.running += 1
         self.tally.most_running = max(self.tally.most_running, self.tally.running)
         try:

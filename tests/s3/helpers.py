@@ -25,19 +25,24 @@ def location_of(place: Place, **changes: Any) -> S3Location:
     return msgspec.structs.replace(found, **changes)
 
 
-def use(place: Place | S3Location, work: Callable[[S3Store], Awaitable[T]], *, deadline: float = 60.0) -> T:
-    """What ``work`` returns for a store that is open at ``place``."""
+def use(
+    place: Place | S3Location,
+    work: Callable[[S3Store], Awaitable[T]],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
+) -> T:
+    """What ``work`` returns for a store that is open at ``place``, on the event loop that the daemon has."""
 
     async def main() -> T:
         location = location_of(place) if isinstance(place, Place) else place
         async with asyncio.timeout(TEST_SECONDS):
-            store = await S3Store.open(location, deadline=deadline)
+            store = await S3Store.open(location)
             try:
                 return await work(store)
             finally:
                 await store.close()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the daemon has it
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main())
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from polefs.cli.app import run
@@ -15,6 +16,7 @@ from polefs.node.lock import Holder
 from polefs.node.volume import Contents, make_volume, open_volume
 from polefs.objects.location import S3Location
 from polefs.objects.marker import KEY
+from tests.s3.faults import Fault, FaultProxy
 from tests.s3.helpers import location_of, use
 from tests.s3.server import BUCKET, SECRET_KEY, Place, SeaweedServer
 
@@ -157,3 +159,14 @@ def test_a_description_without_a_kind_is_damaged(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="is damaged") as caught:
         open_volume(str(tmp_path / "v"))
     assert caught.value.errno == errno.EINVAL
+
+
+def test_a_server_without_conditional_puts(s3_place: Place, proxy: FaultProxy, tmp_path: Path, polefs: Command) -> None:
+    proxy.inject(Fault.NO_CONDITIONS, method="PUT")
+    place = msgspec.structs.replace(s3_place, endpoint=proxy.endpoint)
+    polefs(*formatting(tmp_path / "v", place))
+    location = open_volume(str(tmp_path / "v")).info.contents.objects
+    assert isinstance(location, S3Location)
+    assert not location.conditional_put
+    polefs.refused(*formatting(tmp_path / "w", place), says="belongs to volume 'v'")
+    use(location, lambda store: store.put("segments/0/1", [b"x"]))

@@ -8,6 +8,7 @@ import errno
 import msgspec
 import pytest
 
+from polefs.objects import s3
 from polefs.objects.base import segment_key
 from polefs.objects.s3 import S3Store
 from polefs.objects.s3errors import StoreError
@@ -119,17 +120,13 @@ def test_list_by_prefix(s3_server: SeaweedServer, s3_place: Place) -> None:
     use(s3_place, work)
 
 
-def test_long_lists_and_deletions(s3_place: Place) -> None:
-    keys = [segment_key(number) for number in range(1050)]
+def test_lists_and_deletions_of_several_pages(s3_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "_LIST_PAGE", 10)
+    monkeypatch.setattr(s3, "_DELETE_MAX", 10)
+    keys = [segment_key(number) for number in range(240, 275)]
 
     async def work(store: S3Store) -> None:
-        room = asyncio.Semaphore(32)
-
-        async def put(key: str) -> None:
-            async with room:
-                await store.put(key, [b"x"])
-
-        await asyncio.gather(*map(put, keys))
+        await asyncio.gather(*(store.put(key, [b"x"]) for key in keys))
         assert set(await all_of(store.list("segments/"))) == set(keys)
         await store.delete(keys)
         assert await all_of(store.list()) == {}
