@@ -61,6 +61,10 @@ sanitize: $(stamp) ## unit tests of rawfuse, its compiled parts built with Addre
 	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 PYTHONMALLOC=malloc \
 	    "$(python)" -m pytest -q -p no:cacheprovider tests/unit/test_rawfuse_*.py
 
+.PHONY: fuzz
+fuzz: $(stamp) ## fuzz rawfuse: FUZZ_ARGS="--seconds 600", see python -m tests.fuzz --help
+	"$(python)" -m tests.fuzz $(FUZZ_ARGS)
+
 .PHONY: lint
 lint: $(stamp) ## ruff and mypy
 	"$(venv)/bin/ruff" check .
