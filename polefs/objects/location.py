@@ -31,8 +31,8 @@ class S3Location(msgspec.Struct, frozen=True, kw_only=True, tag="s3", tag_field=
     region: str | None = None
     """None: what the environment says."""
     path_style: bool | None = None
-    """Whether the bucket stands in the path, not in the host name; None: as botocore decides, which is in the path for
-    IP addresses and buckets with dots."""
+    """Whether the bucket stands in the path, not in the host name; None: where there is an ``endpoint``, and on AWS for
+    buckets with dots."""
     ca_bundle: str | None = None
     """A file with the certificates to trust; None: what the environment says, or the system's."""
     conditional_put: bool = True

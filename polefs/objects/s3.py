@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Final
@@ -67,7 +68,8 @@ class S3Store:
         from aiobotocore.config import AioConfig
         from aiobotocore.session import get_session
 
-        styles = {None: "auto", True: "path", False: "virtual"}
+        # Not "auto": presigned addresses on AWS, from which ours are taken, would then be in no region.
+        path_style = location.endpoint is not None if location.path_style is None else location.path_style
         config = AioConfig(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=SILENCE_SECONDS,
@@ -75,7 +77,7 @@ class S3Store:
             signature_version="s3v4",
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": styles[location.path_style], "payload_signing_enabled": False},
+            s3={"addressing_style": "path" if path_style else "virtual", "payload_signing_enabled": False},
         )
         async with contextlib.AsyncExitStack() as resources:
             try:
@@ -88,7 +90,7 @@ class S3Store:
                 client = await resources.enter_async_context(
                     session.create_client(
                         "s3",
-                        region_name=location.region,
+                        region_name=location.region or os.environ.get("AWS_REGION"),  # botocore has another name
                         endpoint_url=location.endpoint,
                         verify=ca_bundle,
                         config=config,

@@ -99,13 +99,18 @@ class DataPlane:
         )
         return cls(session, fetcher, credentials, config, presigned)
 
+    def url(self, key: str) -> str:
+        """The address of an object, quoted as signatures have it (Signature Version 4, UriEncode)."""
+        return self.server + self._path + urllib.parse.quote(key, safe="/-._~")
+
     async def get(self, key: str, offset: int, length: int) -> Response:
         """A part of an object: status 206, and fewer bytes only at its end."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         if self._fetcher is None:
             return await self.request("GET", key, headers, limit=length)
-        target = self._path + _quote(key)
-        signed = await self._sign("GET", self.server + target, headers)
+        url = self.url(key)
+        target = url.removeprefix(self.server)
+        signed = await self._sign("GET", url, headers)
         signed["Host"] = self._host
         response = await self._fetcher.get(target, signed, length)
         if response.status >= 300:
@@ -123,7 +128,7 @@ class DataPlane:
         limit: int = 0,
     ) -> Response:
         """``key`` is that in the bucket. An answer with more than ``limit`` bytes is cut off there."""
-        url = self.server + self._path + _quote(key)
+        url = self.url(key)
         if query:
             url += "?" + urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
         signed = await self._sign(method, url, headers)
@@ -213,11 +218,6 @@ def _read_error(status: int, headers: Mapping[str, str], body: bytes | memoryvie
     except ElementTree.ParseError:
         pass  # of HEAD, or of something on the way that is no S3 server: the status tells enough
     return Answer(status, fields.get("Code", ""), fields.get("Message", ""), headers, fields.get("Region"))
-
-
-def _quote(key: str) -> str:
-    """As signatures have it (Signature Version 4, UriEncode)."""
-    return urllib.parse.quote(key, safe="/-._~")
 
 
 def _host_header(parts: urllib.parse.SplitResult) -> str:
