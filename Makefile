@@ -80,6 +80,11 @@ docs: $(stamp) ## write docs/rawfuse/reference.md from the docstrings
 bench: $(stamp) ## measure polefs against its peers: bench/README.md
 	"$(python)" -m bench.compare $(BENCH_ARGS)
 
+.PHONY: bench-rawfuse
+bench-rawfuse: $(stamp) ## measure rawfuse against other FUSE libraries, with a chart (as root): bench/README.md
+	@mkdir -p bench/results
+	"$(python)" -m bench.requests --json bench/results/requests.json --chart bench/results/requests.png $(BENCH_ARGS)
+
 .PHONY: install-helper
 install-helper: $(stamp) ## make `mount -t polefs` and fstab lines work: /sbin/mount.polefs (as root)
 	@install -d "$(DESTDIR)/sbin"

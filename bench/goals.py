@@ -1,12 +1,14 @@
-"""What polefs embedded must reach against JuiceFS, figure by figure."""
+"""What is to be reached: polefs embedded against JuiceFS, figure by figure, and rawfuse against other libraries."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from bench.figures import FULL, Plan, Sources
 from bench.report import ratio
-from bench.runner import Results
+from bench.runner import Figure, Results
 
 THREEFOLD = {
     *("create_1p", "create_4p", "rename", "unlink", "mkdir", "rmdir", "write4k_file"),
@@ -30,3 +32,54 @@ def shortfalls(results: Mapping[str, Results]) -> list[str]:
         if reached is not None and reached < goal:
             short.append((reached / goal, f"short of its goal: {name} {reached:.2f} of JuiceFS, goal {goal:g}"))
     return [line for _, line in sorted(short)]
+
+
+class RequestGoal(NamedTuple):
+    """``system`` must reach ``share`` of what ``other`` does in this figure of ``bench.requests``."""
+
+    comparison: str
+    figure: str
+    system: str
+    other: str
+    share: float
+
+
+_NULL, _SHOWN = "null file system", "a directory shown again"
+REQUEST_GOALS = [
+    *(RequestGoal(_NULL, f"{name}_1c", "rawfuse", "floor", 0.5) for name in ("stat", "missing")),
+    *(RequestGoal(_NULL, f"{name}_4c", "rawfuse", "floor", 0.65) for name in ("stat", "missing")),
+    *(
+        RequestGoal(_NULL, f"{name}_{clients}c", "rawfuse", other, share)
+        for other, share in (("pyfuse3", 3.0), ("mfusepy", 1.2))
+        for name in ("stat", "missing")
+        for clients in (1, 4)
+    ),
+    RequestGoal(_SHOWN, "read1m_1c", "mirror-served", "passthrough_ll", 0.9),
+    RequestGoal(_SHOWN, "read1m_1c", "mirror", "plain", 0.95),
+]
+RequestFigures = Mapping[str, Mapping[str, Mapping[str, Figure]]]
+
+
+def request_goals(figures: RequestFigures) -> Iterator[str]:
+    """A line for each goal whose figures there are."""
+    for goal in REQUEST_GOALS:
+        systems = figures.get(goal.comparison, {})
+        mine, theirs = (systems.get(name, {}).get(goal.figure) for name in (goal.system, goal.other))
+        reached = ratio(mine, theirs)
+        if reached is not None:
+            verdict = "reached" if reached >= goal.share else "SHORT"
+            yield f"{verdict}: {goal.figure}: {goal.system} does {reached:.2f} of {goal.other}, goal {goal.share:g}"
+
+
+def favoured_transport(figures: RequestFigures) -> Iterator[str]:
+    """One line, when rawfuse was measured over several transports: each against the device, all figures together."""
+    systems = figures.get(_NULL, {})
+    plain = systems.get("rawfuse", {})
+    means = {}
+    for name, found in systems.items():
+        ratios = [reached for figure in plain if (reached := ratio(found.get(figure), plain[figure])) is not None]
+        if name.startswith("rawfuse") and ratios:
+            means[name] = statistics.geometric_mean(ratios)
+    if len(means) > 1:
+        told = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+        yield f"transport: {max(means, key=lambda name: means[name])} is the fastest here ({told})"

@@ -4,7 +4,7 @@
  * usage: loops stat DIR FIRST COUNT SECONDS    names fFIRST ..., again and again; with SECONDS 0 each once
  *        loops missing DIR TAG 0 SECONDS       names that do not exist, each once
  *        loops read FILE SIZE SPAN SECONDS     pread of SIZE bytes at each offset below SPAN in turn
- *        loops write FILE SIZE SPAN SECONDS
+ *        loops write FILE SIZE SPAN SECONDS    also read_direct and write_direct: with O_DIRECT
  *        loops files DIR FIRST COUNT 0         open, read 4 KiB, close, each file once */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -93,8 +93,13 @@ int main(int argc, char **argv)
 		const char *name;
 		void (*one)(long);
 		int flags;
-	} operations[] = { { "stat", stat_one, -1 },	 { "missing", missing_one, -1 },  { "files", file_one, -1 },
-			   { "read", read_one, O_RDONLY }, { "write", write_one, O_WRONLY } };
+	} operations[] = { { "stat", stat_one, -1 },
+			   { "missing", missing_one, -1 },
+			   { "files", file_one, -1 },
+			   { "read", read_one, O_RDONLY },
+			   { "read_direct", read_one, O_RDONLY | O_DIRECT },
+			   { "write", write_one, O_WRONLY },
+			   { "write_direct", write_one, O_WRONLY | O_DIRECT } };
 	size_t chosen = 0;
 	long done = 0;
 	double seconds, start, end;

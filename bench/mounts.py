@@ -36,6 +36,11 @@ def enter_private_namespace() -> None:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
 
 
+def mount_tmpfs(mountpoint: str) -> None:
+    """Memory to work in, until the namespace ends."""
+    _check(_libc.mount(b"bench", mountpoint.encode(), b"tmpfs", 0, b"mode=755"), "mount tmpfs")
+
+
 def die_with_parent(signal_number: int) -> None:
     """To be called in a child between fork and exec: it gets the signal when its parent ends."""
     _libc.prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)

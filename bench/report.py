@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import peers
 from bench.runner import ERROR, Figure, Results
 
 
@@ -34,6 +36,12 @@ def ratio(mine: Figure | None, theirs: Figure | None) -> float | None:
         return None
     value, other = mine.median(), theirs.median()
     return value / other if value is not None and other else None
+
+
+def rated(mine: Figure, first: Figure) -> str:
+    """A cell, and its ratio to that of the first system."""
+    value = ratio(mine, first)
+    return cell(mine) if mine is first or value is None else f"{cell(mine)} ({value:.2f})"
 
 
 def microseconds(figure: Figure | None) -> str:
@@ -83,6 +91,14 @@ def results_json(results: Results) -> dict[str, Any]:
         "figures": {name: figure_json(figure) for name, figure in results.figures.items()},
         "client_cpu_seconds": results.client_cpu,
     }
+
+
+def draw(python: str, path: str, document: Mapping[str, Any]) -> None:
+    """The figures of ``bench.requests`` as a PNG, drawn by a Python that has matplotlib. `peers.Missing`."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(document, file)
+        file.flush()
+        peers.run("draw the chart", [python, str(Path(__file__).with_name("chart.py")), file.name, path])
 
 
 def write_json(path: str, document: Mapping[str, Any]) -> None:

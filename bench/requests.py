@@ -1,7 +1,8 @@
 """What one request costs: ``python -m bench.requests``.
 
-Two comparisons in one run, each in interleaved rounds: the null file system in a minimal C loop (the floor) and on
-rawfuse; and one directory shown again by pyfuse3, by examples/mirror and by libfuse in C. Needs root and a C compiler.
+Two comparisons in one run, each in interleaved rounds: the null file system in a minimal C loop (the floor), on rawfuse
+over each transport, on mfusepy and on pyfuse3; and a directory in memory, shown again by libfuse in C, by
+examples/mirror and by pyfuse3, beside the directory itself. Needs root and a C compiler.
 """
 
 from __future__ import annotations
@@ -17,35 +18,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import mounts, peers, report
+from bench import goals, mounts, nulls, peers, report
 from bench.compare import say
 from bench.figures import Step
 from bench.runner import Figure, StepError, run_clients, run_step
 from bench.servers import ServerError
-from bench.systems import REPOSITORY, Mirror, PassthroughLL, Pyfuse3, Shown, System
+from bench.systems import Mirror, MirrorServed, PassthroughLL, Pyfuse3, Shown, System
 
 MIB = 1 << 20
 FILES = 3000
+DATA_MIB = 128
+NULL = "null file system"
+SHOWN = "a directory shown again"
 
 
-class Floor(System):
-    name = "floor"
+class Plain(Shown):
+    """The directory itself."""
+
+    name = "plain"
 
     def prepare(self) -> None:
-        self._program = peers.compile_c(Path(__file__).with_name("floor.c"), self.base / "floor")
+        super().prepare()
+        self.mountpoint = self.source
 
-    def command(self) -> list[str]:
-        return [self._program, str(self.mountpoint)]
+    def mount(self) -> None:
+        pass
 
+    def trouble(self) -> str:
+        return ""
 
-class RawfuseNull(System):
-    name = "rawfuse"
-
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "bench.rawfuse_null", str(self.mountpoint)]
-
-    def environ(self) -> dict[str, str]:
-        return {"PYTHONPATH": str(REPOSITORY)}
+    def usage(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,18 @@ class Request:
     cold: bool = False
 
 
-def _of_names(operation: str, unit: str = "ops/s", cold: bool = False) -> list[Request]:
-    name = f"{operation}_"
+def _each_way(operation: str, unit: str = "ops/s", **more: Any) -> list[Request]:
+    """With one client and with four, on one CPU and on all."""
     return [
-        Request(f"{name}1c_one_cpu", unit, operation, one_cpu=True, cold=cold),
-        Request(f"{name}1c", unit, operation, cold=cold),
-        Request(f"{name}4c", unit, operation, clients=4, cold=cold),
+        Request(f"{operation}_{clients}c{suffix}", unit, operation, clients, one_cpu, **more)
+        for one_cpu, suffix in ((True, "_one_cpu"), (False, ""))
+        for clients in (1, 4)
     ]
 
 
 NULL_REQUESTS = [
-    *_of_names("stat"),
-    *_of_names("missing"),
+    *_each_way("stat"),
+    *_each_way("missing"),
     Request("read4k_1c_one_cpu", "ops/s", "read", one_cpu=True, size=4096),
     Request("read4k_4c", "ops/s", "read", clients=4, size=4096),
     Request("read1m_1c_one_cpu", "MiB/s", "read", one_cpu=True, size=MIB),
@@ -82,7 +85,14 @@ NULL_REQUESTS = [
     Request("write1m_1c_one_cpu", "MiB/s", "write", one_cpu=True, size=MIB),
     Request("write1m_1c", "MiB/s", "write", size=MIB),
 ]
-SHOWN_REQUESTS = [*_of_names("stat", cold=True), *_of_names("missing"), *_of_names("files", "files/s", cold=True)]
+SHOWN_REQUESTS = [
+    *_each_way("stat", cold=True),
+    *_each_way("files", "files/s", cold=True),
+    Request("read1m_1c_one_cpu", "MiB/s", "read_direct", one_cpu=True, size=MIB),
+    Request("read1m_1c", "MiB/s", "read_direct", size=MIB),
+    Request("write1m_1c_one_cpu", "MiB/s", "write_direct", one_cpu=True, size=MIB),
+    Request("write1m_1c", "MiB/s", "write_direct", size=MIB),
+]
 
 
 @dataclass
@@ -91,12 +101,14 @@ class Comparison:
 
     title: str
     requests: list[Request]
+    kinds: Sequence[type[System]]
     systems: list[System] = field(default_factory=list)
     figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
 
-    def mount(self, kinds: Sequence[type[System]], base: Path, environment: peers.PeersEnvironment) -> None:
+    def mount(self, base: Path, environment: peers.PeersEnvironment) -> None:
         """Those that are missing or do not start are left out, with a line that says why."""
-        for kind in kinds:
+        for kind in self.kinds:
             system = kind(base, environment)
             try:
                 system.prepare()
@@ -121,25 +133,31 @@ class Comparison:
 
     def unmount(self) -> None:
         for system in self.systems:
+            if usage := system.usage():
+                self.peak_mib[system.name] = usage.peak_mib
             try:
                 system.unmount()
             except ServerError as error:
                 say(f"{system.name}: {error}")
 
-    def table(self) -> str:
+    def tables(self) -> str:
+        """Medians, with their ratios to those of the first system; the servers' CPU time and memory."""
         names = [system.name for system in self.systems]
-        rows = []
+        rates, costs = [], []
         for request in self.requests:
             found = [self.figures[name][request.name] for name in names]
-            ratios = [report.number(report.ratio(figure, found[0])) for figure in found[1:]]
-            cells = [report.cell(figure) for figure in found]
-            rows.append([request.name, request.unit, *cells, *ratios, *(report.microseconds(f) for f in found)])
-        ratios = [f"{name}/{names[0]}" for name in names[1:]]
-        return report.table([self.title, "unit", *names, *ratios, *(f"{name} us" for name in names)], rows)
+            rates.append([request.name, request.unit, *(report.rated(figure, found[0]) for figure in found)])
+            costs.append([request.name, *map(report.microseconds, found)])
+        costs.append(["peak memory, MiB", *(report.number(self.peak_mib.get(name)) for name in names)])
+        rate_table = report.table([self.title, "unit", *names], rates)
+        return f"{rate_table}\n\n{report.table(['server CPU, us/request', *names], costs)}"
 
     def document(self) -> dict[str, Any]:
         return {
-            name: {request: report.figure_json(figure) for request, figure in figures.items()}
+            name: {
+                "peak_mib": self.peak_mib.get(name),
+                "figures": {request: report.figure_json(figure) for request, figure in figures.items()},
+            }
             for name, figures in self.figures.items()
         }
 
@@ -148,6 +166,7 @@ def _fill(source: Path) -> None:
     """The same files for each server that shows a directory."""
     for number in range(FILES):
         (source / f"f{number}").write_bytes(bytes(4096))
+    (source / "data").write_bytes(bytes(DATA_MIB * MIB))
 
 
 def _measure(system: System, request: Request, loops: str, seconds: float, tag: int, figure: Figure) -> None:
@@ -174,7 +193,8 @@ def _measure(system: System, request: Request, loops: str, seconds: float, tag: 
 def _words(system: System, request: Request, seconds: float, tag: int, client: int) -> list[str]:
     directory = str(system.mountpoint)
     if request.size:
-        return [request.operation, f"{directory}/data", str(request.size), str(1 << 30), str(seconds)]
+        span = DATA_MIB * MIB
+        return [request.operation, f"{directory}/data", str(request.size), str(span), str(seconds)]
     if request.operation == "missing":
         return ["missing", directory, str(tag * 10 + client), "0", str(seconds)]
     share = FILES // request.clients
@@ -187,7 +207,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="the median counts (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--dir", default="/var/tmp", help="where the shown directories lie (default: %(default)s)")
+    parser.add_argument("--chart", metavar="FILE.png", help="draw them there (with matplotlib, among the peers)")
     parser.add_argument("--peers-venv", metavar="PATH", help="virtual environment of the peers; made when missing")
     parser.add_argument("--no-peers", action="store_true", help="only the floor and rawfuse")
     return parser.parse_args(argv)
@@ -199,32 +219,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("bench: needs root (mounts, dropped caches)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     mounts.enter_private_namespace()
-    comparisons = [Comparison("null file system", NULL_REQUESTS)]
-    kinds: list[list[type[System]]] = [[Floor, RawfuseNull]]
-    if not options.no_peers:
-        comparisons.append(Comparison("a directory shown again", SHOWN_REQUESTS))
-        kinds.append([Pyfuse3, Mirror, PassthroughLL])
+    if options.no_peers:
+        comparisons = [Comparison(NULL, NULL_REQUESTS, (nulls.Floor, *nulls.RAWFUSE))]
+    else:
+        comparisons = [
+            Comparison(NULL, NULL_REQUESTS, (nulls.Floor, *nulls.RAWFUSE, nulls.Mfusepy, nulls.Pyfuse3)),
+            Comparison(SHOWN, SHOWN_REQUESTS, (PassthroughLL, MirrorServed, Mirror, Pyfuse3, Plain)),
+        ]
     environment = peers.PeersEnvironment(options.peers_venv)
-    base = Path(tempfile.mkdtemp(prefix="bench.", dir=options.dir))
+    base = Path(tempfile.mkdtemp(prefix="bench."))
     try:
+        mounts.mount_tmpfs(str(base))
         loops = peers.compile_c(Path(__file__).with_name("loops.c"), base / "loops")
-        for comparison, wanted in zip(comparisons, kinds, strict=True):
+        for comparison in comparisons:
+            place = base / comparison.title.replace(" ", "_")
+            place.mkdir()
             try:
-                comparison.mount(wanted, base, environment)
+                comparison.mount(place, environment)
                 comparison.run(loops, options.rounds, options.seconds)
             finally:
                 comparison.unmount()
     except peers.Missing as error:
         raise SystemExit(f"bench: {error}") from None
     finally:
+        mounts.unmount(str(base))
         shutil.rmtree(base, ignore_errors=True)
+    _report(comparisons, options, environment)
+
+
+def _report(
+    comparisons: Sequence[Comparison], options: argparse.Namespace, environment: peers.PeersEnvironment
+) -> None:
+    figures = {comparison.title: comparison.figures for comparison in comparisons}
     for comparison in comparisons:
         if comparison.systems:
-            print(comparison.table(), end="\n\n")
-    print("us: CPU time of the server for each operation; _one_cpu: clients and server on one CPU; 1c, 4c: clients")
+            print(comparison.tables(), end="\n\n")
+    print("(ratio to the first column); _one_cpu: clients and server on one CPU; 1c, 4c: clients", end="\n\n")
+    for line in [*goals.request_goals(figures), *goals.favoured_transport(figures)]:
+        print(line)
+    document = {
+        "machine": report.machine(),
+        "rounds": options.rounds,
+        "comparisons": {comparison.title: comparison.document() for comparison in comparisons},
+    }
     if options.json:
-        figures = {comparison.title: comparison.document() for comparison in comparisons}
-        report.write_json(options.json, {"machine": report.machine(), "rounds": options.rounds, "figures": figures})
+        report.write_json(options.json, document)
+    if options.chart:
+        try:
+            report.draw(environment.program("matplotlib"), options.chart, document)
+        except peers.Missing as error:
+            raise SystemExit(f"bench: {error}") from None
 
 
 if __name__ == "__main__":

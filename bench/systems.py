@@ -181,9 +181,10 @@ class PassthroughLL(Shown):
 
 
 class Mirror(Shown):
-    """rawfuse's example."""
+    """rawfuse's example. As root the kernel reads and writes the files by itself."""
 
     name = "mirror"
+    options: tuple[str, ...] = ()
 
     def prepare(self) -> None:
         super().prepare()
@@ -191,10 +192,17 @@ class Mirror(Shown):
             raise peers.Missing("no examples/mirror.py in this tree")
 
     def command(self) -> list[str]:
-        return [sys.executable, "-m", "examples.mirror", str(self.source), str(self.mountpoint)]
+        return [sys.executable, "-m", "examples.mirror", *self.options, str(self.source), str(self.mountpoint)]
 
     def environ(self) -> Mapping[str, str]:
         return {"PYTHONPATH": str(REPOSITORY)}
+
+
+class MirrorServed(Mirror):
+    """The same, which reads and writes the files itself."""
+
+    name = "mirror-served"
+    options = ("--no-passthrough",)
 
 
 class Pyfuse3(Shown):
@@ -212,6 +220,6 @@ class Pyfuse3(Shown):
 
 
 SYSTEMS: dict[str, type[System]] = {
-    system.name: system for system in (Polefs, JuiceFS, Ext4, PassthroughLL, Mirror, Pyfuse3)
+    system.name: system for system in (Polefs, JuiceFS, Ext4, PassthroughLL, Mirror, MirrorServed, Pyfuse3)
 }
 DEFAULT = ("polefs", "juicefs", "plain", "passthrough_ll")

@@ -358,24 +358,22 @@ static inline int rawfuse_ring_flush(struct rawfuse_ring *ring)
  * else could run on this processor goes first: it may be the one who makes the next request. */
 static inline int64_t rawfuse_ring_next(struct rawfuse_ring *ring, long nanoseconds)
 {
-    struct timespec start, now;
+    struct timespec start = {0}, now = {0};
     int64_t found = ring_completion(ring);
     int error;
-    if (found)
-        return found;
-    clock_gettime(CLOCK_MONOTONIC, &start);
-    for (;;) {
+    while (found == 0) {
         if (ring->queued || __atomic_load_n(ring->sq_flags, __ATOMIC_ACQUIRE) & IORING_SQ_TASKRUN) {
             error = ring_enter(ring, 0);
-            if (error < 0)
-                return error;
-            found = ring_completion(ring);
-            if (found)
-                return found;
+            found = error < 0 ? error : ring_completion(ring);
+        } else if (nanoseconds <= 0 ||
+                   (now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec >= nanoseconds) {
+            break;
+        } else {
+            if (start.tv_sec == 0)
+                clock_gettime(CLOCK_MONOTONIC, &start);
+            sched_yield();
+            clock_gettime(CLOCK_MONOTONIC, &now);
         }
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        if ((now.tv_sec - start.tv_sec) * 1000000000L + now.tv_nsec - start.tv_nsec >= nanoseconds)
-            return 0;
-        sched_yield();
     }
+    return found;
 }
