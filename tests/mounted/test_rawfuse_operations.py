@@ -367,46 +367,102 @@ def _make(opcode: str, path: Path) -> None:
     MAKERS[opcode](path)
 
 
-@pytest.mark.parametrize("opcode", MAKERS)
 class TestExtensions:
     """With them the arguments no longer reach to the end of the message."""
 
-    def arguments(self, lab: Lab, opcode: str) -> str:
-        (request,) = lab.seen(opcode)
-        return request.arguments
+    def arguments(self, lab: Lab, user: User, mode: int) -> dict[str, str]:
+        """Each kind of inode, made by this user in a directory of group STAFF; the arguments of its request."""
+        found = {}
+        for opcode in MAKERS:
+            directory = lab.root / opcode
+            directory.mkdir()
+            os.chown(directory, 0, STAFF)
+            directory.chmod(mode)
+            lab.seen()
+            as_user(user, _make, opcode, directory / "name")
+            (request,) = lab.seen(opcode)
+            found[opcode] = request.arguments
+            assert os.listdir(directory) == ([] if opcode == "TMPFILE" else ["name"])
+            if opcode == "SYMLINK":
+                assert os.readlink(directory / "name") == "a target"
+        return found
 
-    def made(self, lab: Lab, opcode: str) -> None:
-        if opcode == "SYMLINK":
-            assert os.readlink(lab.root / "d" / "name") == "a target"
-        assert os.listdir(lab.root / "d") == ([] if opcode == "TMPFILE" else ["name"])
-
-    def test_security_context(self, make_lab: MakeLab, opcode: str) -> None:
+    def test_security_context(self, make_lab: MakeLab) -> None:
         """Sent with every operation that makes an inode; empty where no security module labels inodes."""
         lab = make_lab(Configuration(features=int(InitFlag.SECURITY_CTX)))
         assert lab.call("agreement")["flags"] & InitFlag.SECURITY_CTX
-        (lab.root / "d").mkdir()
-        lab.seen()
-        _make(opcode, lab.root / "d" / "name")
-        assert "extensions=Extensions(security_contexts=(" in self.arguments(lab, opcode)
-        self.made(lab, opcode)
+        for arguments in self.arguments(lab, ROOT, 0o755).values():
+            assert "extensions=Extensions(security_contexts=(" in arguments
 
     @pytest.mark.parametrize("context", [InitFlag(0), InitFlag.SECURITY_CTX], ids=["alone", "with context"])
-    def test_supplementary_group(self, make_lab: MakeLab, opcode: str, context: InitFlag) -> None:
+    def test_supplementary_group(self, make_lab: MakeLab, context: InitFlag) -> None:
+        """That of the directory, where it is one of the caller's."""
         lab = make_lab(Configuration(features=int(InitFlag.CREATE_SUPP_GROUP | context)))
-        (lab.root / "d").mkdir()
-        os.chown(lab.root / "d", 0, STAFF)
-        (lab.root / "d").chmod(0o775)
-        lab.seen()
-        as_user(User(60001, 60001, (60005, STAFF)), _make, opcode, lab.root / "d" / "name")
-        assert f"groups=({STAFF},)" in self.arguments(lab, opcode)
-        self.made(lab, opcode)
+        for arguments in self.arguments(lab, User(60001, 60001, (60005, STAFF)), 0o775).values():
+            assert f"groups=({STAFF},)" in arguments
 
-    def test_no_group_that_the_caller_is_not_in(self, make_lab: MakeLab, opcode: str) -> None:
+    def test_no_group_that_the_caller_is_not_in(self, make_lab: MakeLab) -> None:
         lab = make_lab(Configuration(features=int(InitFlag.CREATE_SUPP_GROUP)))
-        (lab.root / "d").mkdir()
-        os.chown(lab.root / "d", 0, STAFF)
-        (lab.root / "d").chmod(0o777)
+        for arguments in self.arguments(lab, User(60001, 60001, (60005,)), 0o777).values():
+            assert "groups=()" in arguments
+
+
+AT_FDCWD, MAX_HANDLE = -100, 128
+
+
+def handle_of(path: Path) -> ctypes.Array[ctypes.c_char]:
+    """name_to_handle_at(2)."""
+    handle = ctypes.create_string_buffer(struct.pack("=Ii", MAX_HANDLE, 0), 8 + MAX_HANDLE)
+    if _libc.name_to_handle_at(AT_FDCWD, os.fsencode(path), handle, ctypes.byref(ctypes.c_int()), 0):
+        raise OSError(ctypes.get_errno(), "name_to_handle_at")
+    return handle
+
+
+def open_handle(directory: int, handle: ctypes.Array[ctypes.c_char]) -> int:
+    """open_by_handle_at(2); any descriptor of the mount tells which."""
+    fd = _libc.open_by_handle_at(directory, handle, os.O_RDONLY)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "open_by_handle_at")
+    return int(fd)
+
+
+class TestFileHandles:
+    """What NFS servers and backup programs use: an inode by its number, whether the kernel knows it or not."""
+
+    def test_an_inode_that_the_kernel_has_forgotten(self, make_lab: MakeLab) -> None:
+        lab = make_lab(Configuration(features=int(InitFlag.EXPORT_SUPPORT)))
+        (lab.root / "f").write_bytes(b"data")
+        handle, ino = handle_of(lab.root / "f"), lab.ino("f")
+        lab.notify("prune", [ino])
+        lab.call("wait_forgotten", [ino])
         lab.seen()
-        as_user(User(60001, 60001, (60005,)), _make, opcode, lab.root / "d" / "name")
-        assert "groups=()" in self.arguments(lab, opcode)
-        self.made(lab, opcode)
+        with opened(lab.root) as directory:
+            fd = open_handle(directory, handle)
+        assert os.read(fd, 10) == b"data"
+        os.close(fd)
+        assert [(one.nodeid, one.arguments) for one in lab.seen("LOOKUP")] == [(ino, "name=b'.'")]
+
+    def test_without_the_promise(self, lab: Lab) -> None:
+        (lab.root / "f").write_bytes(b"data")
+        handle, ino = handle_of(lab.root / "f"), lab.ino("f")
+        lab.notify("prune", [ino])
+        lab.call("wait_forgotten", [ino])
+        lab.seen()
+        with opened(lab.root) as directory, fails(errno.ESTALE):
+            open_handle(directory, handle)
+        assert lab.names_seen("LOOKUP") == []
+
+    def test_none(self, make_lab: MakeLab) -> None:
+        lab = make_lab(Configuration(features=int(InitFlag.NO_EXPORT_SUPPORT)))
+        with fails(errno.EOPNOTSUPP):
+            handle_of(lab.root)
+
+
+@pytest.mark.parametrize("permissions", [True, False])
+def test_idmapped_mounts_are_agreed_where_the_kernel_takes_them(make_lab: MakeLab, permissions: bool) -> None:
+    """Without the mount option it would refuse every request from then on."""
+    wanted = InitFlag.ALLOW_IDMAP
+    lab = make_lab(Configuration(features=int(wanted), options={"default_permissions": permissions}))
+    (lab.root / "f").touch()
+    assert bool(lab.call("agreement")["flags"] & wanted) == permissions
+    assert os.listdir(lab.root) == ["f"]
