@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from polefs.node import control
+from polefs.node.status import CacheStatus
 from tests.s3.faults import FaultProxy
 from tests.s3.volumes import S3Volume, polefs
 
@@ -19,9 +21,23 @@ MakeVolume = Callable[..., S3Volume]
 MIB = 1 << 20
 
 
-def state(volume: S3Volume) -> dict[str, int]:
-    found: dict[str, int] = json.loads(polefs("cache", "--json", volume.root))
-    return found
+def ask(volume: S3Volume, request: control.Request) -> control.Reply:
+    """The daemon's last reply, without the command that would ask."""
+    client = control.ControlClient.connect(str(volume.path))
+    assert client is not None
+    with client:
+        *_, reply = client.request(request, patience=60)
+    return reply
+
+
+def state(volume: S3Volume) -> CacheStatus:
+    reply = ask(volume, control.GetCache())
+    assert isinstance(reply, control.CacheReply)
+    return reply.cache
+
+
+def flush(volume: S3Volume) -> None:
+    ask(volume, control.Flush())
 
 
 def drop_pages() -> None:
@@ -52,21 +68,21 @@ def test_warming_up_and_clearing(make_volume: MakeVolume) -> None:
     volume.stop()
     volume.lose_local()
     volume.start()
-    assert state(volume)["files"] == 0
+    assert state(volume).files == 0
     polefs("warmup", volume.root / "link")
-    assert state(volume)["files"] == 60
+    assert state(volume).files == 60
     polefs("warmup", volume.root)
-    assert state(volume)["files"] == 61
-    assert 9 * MIB < state(volume)["size"] < 12 * MIB
-    before = state(volume)["misses"]
+    assert state(volume).files == 61
+    assert 9 * MIB < state(volume).size < 12 * MIB
+    before = state(volume).misses
     for name, data in contents.items():
         assert (volume.root / name).read_bytes() == data
-    assert state(volume)["misses"] == before
+    assert state(volume).misses == before
     assert "hit rate:    100.0 %" in polefs("cache", volume.root)
     polefs("cache", "--shrink", "4M", volume.path)
-    assert state(volume)["size"] <= 4 * MIB
+    assert state(volume).size <= 4 * MIB
     polefs("cache", "--clear", volume.root)
-    assert (state(volume)["files"], state(volume)["size"]) == (0, 0)
+    assert (state(volume).files, state(volume).size) == (0, 0)
     drop_pages()
     assert (volume.root / "big").read_bytes() == contents["big"]
 
@@ -76,7 +92,7 @@ def test_commands_say_what_is_wrong(make_volume: MakeVolume, tmp_path: Path) -> 
     assert "is not mounted: mount it first" in polefs("cache", volume.path, code=1)
     volume.start()
     (volume.root / "file").write_bytes(os.urandom(3 * MIB))
-    polefs("flush", volume.root)
+    flush(volume)
     assert "raise --cache-size" in polefs("warmup", volume.root, code=1)
     assert "No such file" in polefs("warmup", volume.root / "nothing", code=1)
     assert "is not on a mounted volume" in polefs("warmup", tmp_path, code=1)
@@ -98,9 +114,9 @@ def test_the_cache_elsewhere(make_volume: MakeVolume, tmp_path: Path) -> None:
     for volume in (first, second):
         volume.start()
         (volume.root / "file").write_bytes(str(volume.path).encode() * 1000)
-        polefs("flush", volume.root)
-        assert state(volume)["files"] == 1
-    uuids = [json.loads(polefs("status", "--json", volume.path))["uuid"] for volume in (first, second)]
+        flush(volume)
+        assert state(volume).files == 1
+    uuids = [json.loads((volume.path / "volume.json").read_text())["uuid"] for volume in (first, second)]
     assert sorted(os.listdir(place)) == sorted(uuids)
     first.stop()
     second.stop()
@@ -116,16 +132,18 @@ def test_the_cache_elsewhere(make_volume: MakeVolume, tmp_path: Path) -> None:
         assert (volume.root / "file").read_bytes() == str(volume.path).encode() * 1000
 
 
-def test_it_survives_the_death_of_the_daemon(proxy: FaultProxy, make_volume: MakeVolume) -> None:
+def test_it_survives_the_daemon_and_needs_no_server(proxy: FaultProxy, make_volume: MakeVolume) -> None:
     volume = make_volume(endpoint=proxy.endpoint)
     volume.start()
     data = os.urandom(9 * MIB)
     (volume.root / "file").write_bytes(data)
-    polefs("flush", volume.root)
+    flush(volume)
     volume.kill()
     volume.start()
+    proxy.refuse()
     assert (volume.root / "file").read_bytes() == data
-    assert state(volume)["misses"] == 0
+    assert state(volume).misses == 0
+    proxy.accept()
 
 
 def test_lost_while_mounted(make_volume: MakeVolume) -> None:
@@ -134,7 +152,7 @@ def test_lost_while_mounted(make_volume: MakeVolume) -> None:
     contents = [os.urandom(2 * MIB) for _ in range(3)]
     for number, data in enumerate(contents):
         (volume.root / str(number)).write_bytes(data)
-    polefs("flush", volume.root)
+    flush(volume)
     shutil.rmtree(volume.path / "cache")
     drop_pages()
     for number, data in enumerate(contents):
@@ -152,14 +170,14 @@ def test_a_full_disk_under_it(make_volume: MakeVolume, small_disk: Path) -> None
     contents = [os.urandom(5 * MIB) for _ in range(8)]
     for number, data in enumerate(contents):
         (volume.root / str(number)).write_bytes(data)
-    polefs("flush", volume.root)
-    polefs("cache", "--shrink", "10M", volume.root)
+    flush(volume)
+    ask(volume, control.ShrinkCache(10 * MIB))
     (small_disk / "others").write_bytes(bytes(6 * MIB))
     for _ in range(2):
         drop_pages()
         for number, data in enumerate(contents):
             assert (volume.root / str(number)).read_bytes() == data
-    assert state(volume)["size"] <= 24 * MIB
+    assert state(volume).size <= 24 * MIB
 
 
 def test_under_a_small_limit(make_volume: MakeVolume) -> None:
@@ -169,22 +187,9 @@ def test_under_a_small_limit(make_volume: MakeVolume) -> None:
     for number, data in enumerate(contents):
         (volume.root / str(number)).write_bytes(data)
     for _ in range(2):
-        polefs("flush", volume.root)
+        flush(volume)
         drop_pages()
         for number, data in enumerate(contents):
             assert (volume.root / str(number)).read_bytes() == data
-    polefs("cache", "--shrink", "8M", volume.root)
-    assert state(volume)["size"] <= 8 * MIB
-
-
-def test_a_server_that_is_gone_and_comes_back(proxy: FaultProxy, make_volume: MakeVolume) -> None:
-    """What is cached can be read all the while."""
-    volume = make_volume(endpoint=proxy.endpoint)
-    volume.start()
-    data = os.urandom(3 * MIB)
-    (volume.root / "cached").write_bytes(data)
-    polefs("flush", volume.root)
-    proxy.refuse()
-    drop_pages()
-    assert (volume.root / "cached").read_bytes() == data
-    proxy.accept()
+    ask(volume, control.ShrinkCache(8 * MIB))
+    assert state(volume).size <= 8 * MIB
