@@ -56,7 +56,8 @@ def command(
     Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
     noallow_other, nonempty, volume=DIRECTORY, key_file=FILE, cache_dir=DIRECTORY, cache_size=SIZE, cache_free=SIZE.
 
-    Only volumes in a bucket have a cache.
+    Only volumes in a bucket have a cache. Files that are cached as a whole are read by the kernel itself on read-only
+    mounts, unless nopassthrough is given.
 
     The passphrase of an encrypted volume is asked for when there is neither a key file nor $POLEFS_PASSPHRASE.
 
@@ -101,6 +102,7 @@ def make_request(volume: str | None, mountpoint: str, options: Options) -> Mount
         flags=options.flags,
         allow_other=os.geteuid() == 0 if options.allow_other is None else options.allow_other,
         nonempty=options.nonempty,
+        passthrough=options.passthrough,
         secret=volume_secret(directory, options.key_file),
         cache=CacheOptions(
             directory=_absolute(options.cache_dir),

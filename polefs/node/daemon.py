@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TextIO
 
@@ -20,6 +20,7 @@ import uvloop
 
 from polefs import __version__
 from polefs.client import AccessTimes, PoleFileSystem
+from polefs.client.passthrough import PassthroughFileSystem
 from polefs.client.warmup import WarmUp
 from polefs.data.cache.reader import CachedContents
 from polefs.node import control
@@ -33,6 +34,7 @@ from polefs.node.options import MountRequest
 from polefs.node.status import CacheStatus, Status
 from polefs.node.storage import Storage, open_storage
 from polefs.node.volume import Volume, open_or_make_volume
+from polefs.objects.base import Space
 from polefs.objects.localio import space_of
 from rawfuse import MountOptions, Session
 from rawfuse.mount import unmount
@@ -90,7 +92,7 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
         )
         times = AccessTimes(storage.meta, request.atime, directories=request.directory_atime)
         local = partial(asyncio.to_thread, space_of, volume.local)
-        filesystem = PoleFileSystem(storage.meta, storage.files, storage.objects.space, local, times)
+        filesystem = _make_filesystem(request, storage, local, times)
         session = Session(filesystem, request.mountpoint, options, trace=trace)
         mounted = MountedVolume(volume, request, storage, session)
         try:
@@ -102,6 +104,15 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[]
             await mounted.serve(ready)
         finally:
             await server.close()
+
+
+def _make_filesystem(
+    request: MountRequest, storage: Storage, local: Callable[[], Awaitable[Space]], times: AccessTimes
+) -> PoleFileSystem:
+    cached = storage.files.cached
+    if cached is None or not request.read_only or not request.passthrough:
+        return PoleFileSystem(storage.meta, storage.files, storage.objects.space, local, times)
+    return PassthroughFileSystem(storage.meta, storage.files, cached, storage.objects.space, local, times)
 
 
 class MountedVolume:

@@ -48,6 +48,8 @@ class MountRequest(msgspec.Struct, kw_only=True):
     secret: bytes | None = None
     """Opens an encrypted volume."""
     cache: CacheOptions = CacheOptions()
+    passthrough: bool = True
+    """Whether the kernel may read cache files itself."""
 
     @property
     def read_only(self) -> bool:
@@ -76,6 +78,7 @@ class Options(msgspec.Struct, kw_only=True):
     cache_dir: str | None = None
     cache_size: str | None = None
     cache_free: str | None = None
+    passthrough: bool = True
 
 
 _ATIME = MountFlag.NOATIME | MountFlag.RELATIME | MountFlag.STRICTATIME
@@ -139,6 +142,8 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> Options:
             options.allow_other = False
         elif word == "nonempty":
             options.nonempty = True
+        elif word in ("passthrough", "nopassthrough"):
+            options.passthrough = word == "passthrough"
         elif name in _VALUES:
             if not value:
                 raise Refusal(errno.EINVAL, f"option '{name}' needs a value: give -o {name}={_VALUES[name]}")
@@ -147,7 +152,9 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> Options:
             if word == "remount":
                 raise Refusal(errno.EINVAL, "polefs cannot remount: unmount it and mount it again with the new options")
             values = [f"{name}={value}" for name, value in _VALUES.items()]
-            known = ", ".join([*_FLAGS, "allow_other", "noallow_other", "nonempty", *values])
+            known = ", ".join(
+                [*_FLAGS, "allow_other", "noallow_other", "nonempty", "passthrough", "nopassthrough", *values]
+            )
             what = f"option '{name}' takes no value" if equals and name in _FLAGS else f"unknown mount option '{word}'"
             raise Refusal(errno.EINVAL, f"{what}: the options are {known}")
     return options

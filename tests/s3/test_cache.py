@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -193,3 +195,43 @@ def test_under_a_small_limit(make_volume: MakeVolume) -> None:
             assert (volume.root / str(number)).read_bytes() == data
     ask(volume, control.ShrinkCache(8 * MIB))
     assert state(volume).size <= 8 * MIB
+
+
+@pytest.mark.parametrize("options", ["ro", "ro,nopassthrough"])
+def test_complete_files_of_a_read_only_mount_are_read_by_the_kernel(make_volume: MakeVolume, options: str) -> None:
+    volume = make_volume()
+    volume.start()
+    contents = {"whole": os.urandom(2 * MIB + 77), "part": os.urandom(9 * MIB), "inline": b"small"}
+    for name, data in contents.items():
+        (volume.root / name).write_bytes(data)
+    with open(volume.root / "sparse", "wb") as file:
+        file.truncate(MIB)
+        file.write(b"head")
+    contents["sparse"] = b"head" + bytes(MIB - 4)
+    volume.stop()
+    volume.lose_local()
+    volume.mount_options = ["-o", options]
+    volume.start()
+    polefs("warmup", volume.root / "whole")
+    with open(volume.root / "whole", "rb") as whole, open(volume.root / "part", "rb") as part:
+        assert whole.read() == contents["whole"]
+        assert (state(volume).hits == 0) == (options == "ro")
+        assert part.read(5000) == contents["part"][:5000]
+        with mmap.mmap(whole.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            assert mapped[:] == contents["whole"]
+        assert os.fstat(whole.fileno()).st_size == len(contents["whole"])
+        polefs("cache", "--clear", volume.root)
+        assert (state(volume).files > 0) == (options == "ro")
+        drop_pages()
+        for name, data in contents.items():
+            assert (volume.root / name).read_bytes() == data
+        whole.seek(MIB)
+        assert whole.read() == contents["whole"][MIB:]
+    for _ in range(200):
+        ask(volume, control.ShrinkCache(0))
+        if state(volume).files == 0:
+            break
+        time.sleep(0.05)  # the kernel tells of a close some time after it
+    assert state(volume).files == 0
+    with pytest.raises(OSError, match="Read-only"):
+        (volume.root / "whole").write_bytes(b"")

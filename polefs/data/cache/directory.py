@@ -260,6 +260,12 @@ class CacheDirectory:
             raise
         return (os.fstat(fd).st_blocks - before.st_blocks) * 512, self.free()
 
+    def cut(self, file: OpenFile, size: int) -> None:
+        """Let the cache file end in its last block, where the contents do."""
+        with self._sizes:
+            if os.fstat(file.fd).st_size != size:
+                os.ftruncate(file.fd, size)
+
     def keep(self, files: Iterable[tuple[int, Sequence[DataPiece], int, bool]]) -> tuple[int, int]:
         """Make valid the blocks that lie within these pieces of contents: ``(ino, pieces, size, may_link)`` of many
         files, the pieces in order. Returns as ``fill`` does. ``may_link``: a replica that holds the whole file becomes

@@ -196,6 +196,19 @@ class CachedContents:
             return await gather(self._segments, extents, start, end)
         return cut(flight.done.result(), flight.start, start, end)
 
+    async def hold_complete(self, inode: Inode) -> CachedFile[Reading] | None:
+        """The file's cache, when it holds all of it in a cache file of exactly its size; counted in its ``users``."""
+        file = await self.cache.open(inode.ino)
+        if file is None or not inode.size or not file.valid.covers(0, _up(inode.size)):
+            return None
+        file.users += 1
+        try:
+            await self.cache.cut(file, inode.size)
+        except BaseException:
+            file.users -= 1
+            raise
+        return file
+
     async def warm(self, ino: int) -> None:
         """Bring all of a file into the cache, as far as it can take it. Errors as of ``Segments``."""
         position = 0

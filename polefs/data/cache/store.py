@@ -337,6 +337,11 @@ class ContentCache(Generic[R]):
         elif free < self.limits.free:
             self.shrink(self.bytes - (self.limits.free - free) - int(self.bytes * (1 - _KEEP)))
 
+    async def cut(self, file: CachedFile[R], size: int) -> None:
+        """Let the cache file of a file with a valid last block end where the file does."""
+        assert file.handle is not None
+        await self._run(self._directory.cut, file.handle, size)
+
     # Changes
 
     @asynccontextmanager
