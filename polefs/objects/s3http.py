@@ -68,7 +68,6 @@ class DataPlane:
         self._session = session
         self._fetcher = fetcher
         self._credentials = credentials
-        self._signed_by: object = None
         self._signer = S3SigV4Auth(None, service, self.region)
         self._config = config
 
@@ -151,11 +150,9 @@ class DataPlane:
 
     async def _sign(self, method: str, url: str, headers: Mapping[str, str]) -> dict[str, str]:
         try:
-            credentials = await self._credentials.get_frozen_credentials()
+            self._signer.credentials = await self._credentials.get_frozen_credentials()
         except RuntimeError as error:  # what came is no longer valid
             raise CredentialRetrievalError(provider=self._credentials.method, error_msg=error) from error
-        if credentials is not self._signed_by:
-            self._signed_by = self._signer.credentials = credentials
         request = AWSRequest(method, url, headers=headers)
         # It says that the body is not hashed: its CRC is a signed header.
         request.context["client_config"] = self._config

@@ -15,7 +15,6 @@ import ssl
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -111,9 +110,6 @@ class Tally:
     faults: Counter[Fault] = field(default_factory=Counter)
     hosts: set[str] = field(default_factory=set)
     """The ``Host`` headers."""
-    connections: int = 0
-    running: int = 0
-    most_running: int = 0
 
 
 class FaultProxy:
@@ -169,14 +165,6 @@ class FaultProxy:
 
         self._loop.call_soon_threadsafe(release)
 
-    @contextlib.contextmanager
-    def injected(self, fault: Fault, *, method: str | None = None, path: str = "") -> Iterator[None]:
-        self.inject(fault, method=method, path=path)
-        try:
-            yield
-        finally:
-            self.heal()
-
     def wait_for(self, fault: Fault) -> None:
         """Until a request has met it. Blocks."""
         with self._met:
@@ -211,7 +199,6 @@ class FaultProxy:
 
     def _connect(self) -> asyncio.Protocol:
         assert self._server is not None
-        self.tally.connections += 1
         return self._server()
 
     async def _refuse(self) -> None:
@@ -249,12 +236,7 @@ class FaultProxy:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self.tally.requests[request.method] += 1
         self.tally.hosts.add(request.host)
-        self.tally.running += 1
-        self.tally.most_running = max(self.tally.most_running, self.tally.running)
-        try:
-            return await self._answer(request, self._choose(request.method, request.path_qs))
-        finally:
-            self.tally.running -= 1
+        return await self._answer(request, self._choose(request.method, request.path_qs))
 
     async def _answer(self, request: web.BaseRequest, fault: Fault | None) -> web.StreamResponse:
         transport = request.transport
@@ -308,7 +290,9 @@ class FaultProxy:
         headers = CIMultiDict((name, value) for name, value in request.headers.items() if name.lower() not in _HOP)
         if headers.pop(without or "", None) is not None:
             headers = _sign_again(request, headers)
-        url = URL(self._target + request.raw_path, encoded=True)
+        # As an HTTP proxy is asked it is a whole address.
+        whole = request.raw_path.startswith("http://")
+        url = URL(request.raw_path if whole else self._target + request.raw_path, encoded=True)
         try:
             async with self._client.request(
                 request.method, url, headers=headers, data=body or None, allow_redirects=False

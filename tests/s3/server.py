@@ -100,6 +100,7 @@ class SeaweedServer:
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
             "AWS_EC2_METADATA_DISABLED": "true",
+            "no_proxy": "127.0.0.1",
         }
 
     def new_place(self) -> Place:

@@ -105,6 +105,24 @@ def test_a_storm(place: Place, proxy: FaultProxy) -> None:
     assert sum(proxy.tally.faults.values()) > 20
 
 
+def test_an_http_proxy_of_the_environment(s3_place: Place, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", proxy.endpoint)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def work(store: S3Store) -> None:
+        await store.put("k", [BODY])
+        proxy.inject(Fault.HALF_ANSWER, method="GET", times=1)
+        assert await store.get("k", 10, 200_000) == BODY[10:200_010]
+        with pytest.raises(FileNotFoundError):
+            await store.get("none", 0, 1)
+        assert await all_of(store.list()) == {"k": len(BODY)}
+        await store.delete(["k"])
+
+    use(s3_place, work)
+    assert proxy.tally.requests == {"PUT": 1, "GET": 4, "POST": 1}
+
+
 def test_the_server_is_down_and_comes_back(place: Place, proxy: FaultProxy) -> None:
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY])
