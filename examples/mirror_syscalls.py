@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 NOW = -(1 << 63)
 """A time for ``set_times``: the moment of the call."""
@@ -14,6 +15,9 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _STATX_BTIME = 0x800
 _SECOND = 1_000_000_000
+
+_DIRENT = struct.Struct("=QqHB")
+"""``struct linux_dirent64`` before the name: inode number, offset of the next, size, type."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,3 +78,20 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def rename_with_flags(old_fd: int, old: bytes, new_fd: int, new: bytes, flags: int) -> None:
     """renameat2(2)."""
     _check(_libc.renameat2(old_fd, old, new_fd, new, ctypes.c_uint(flags)))
+
+
+def directory_entries(fd: int, size: int) -> list[tuple[bytes, int, int, int]]:
+    """getdents64(2) into ``size`` bytes: ``(name, inode number, type bits, offset of the next)``; empty at the end.
+    That offset is one for lseek(2), on any descriptor of the directory."""
+    buffer = ctypes.create_string_buffer(size)
+    length = _libc.getdents64(fd, buffer, ctypes.c_size_t(size))
+    _check(length)
+    data = buffer.raw
+    entries = []
+    start, name_at = 0, _DIRENT.size
+    while start < length:
+        ino, offset, record, kind = _DIRENT.unpack_from(data, start)
+        name = data[start + name_at : data.index(0, start + name_at)]
+        entries.append((name, ino, kind << 12, offset))
+        start += record
+    return entries

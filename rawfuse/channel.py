@@ -140,7 +140,7 @@ class DeviceChannel(Channel):
         self._server: Server
         self._reader: Reader
         self._reading = False
-        self._buffer = RequestBuffer(buffer_size)
+        self._buffer = RequestBuffer(buffer_size, resident=True)
         self._message = InMessage(self._buffer.view)
         self._free: list[RequestBuffer] = []
         self._busy_poll = self._patience = busy_poll
@@ -183,7 +183,7 @@ class DeviceChannel(Channel):
 
     def lend(self) -> RequestBuffer:
         lent = self._buffer
-        self._buffer = self._free.pop() if self._free else RequestBuffer(lent.size)
+        self._buffer = self._free.pop() if self._free else RequestBuffer(lent.size, resident=True)
         self._message = InMessage(self._buffer.view)
         self._reader.use(self._buffer)
         return lent

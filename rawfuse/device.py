@@ -21,13 +21,16 @@ WRITE_LEAD = Codec("fuse_in_header").size + Codec("fuse_write_in").size
 
 
 class RequestBuffer:
-    """Memory for one request, placed so that the payload of a WRITE begins on a page."""
+    """Memory for one request, placed so that the payload of a WRITE begins on a page. ``resident``: from the start. A
+    page fault fails when the process is being killed, and the request that is being read with it (dev.c:
+    fuse_copy_fill): its caller would see EIO where another process takes the mount over."""
 
     __slots__ = ("_memory", "pointer", "size", "view")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, resident: bool = False) -> None:
         lead = PAGE - WRITE_LEAD
-        self._memory = mmap.mmap(-1, lead + size)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (mmap.MAP_POPULATE if resident else 0)
+        self._memory = mmap.mmap(-1, lead + size, flags)
         self.view = memoryview(self._memory)[lead:]
         self.pointer = ffi.cast("char *", ffi.from_buffer(self._memory)) + lead
         self.size = size

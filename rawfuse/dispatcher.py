@@ -13,7 +13,7 @@ import errno
 import itertools
 import logging
 from asyncio import tasks
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from rawfuse import ops
@@ -21,10 +21,12 @@ from rawfuse.abi import MAX_ERRNO, InitFlag, Opcode
 from rawfuse.backing import BackingFiles
 from rawfuse.channel import Channel, Reader, Source
 from rawfuse.decode import IN_PLACE
+from rawfuse.encode import link_target
 from rawfuse.errors import ProtocolError
 from rawfuse.fast import fast_path
 from rawfuse.filesystem import FileSystem
-from rawfuse.negotiate import Agreement, Settings
+from rawfuse.journal import JOURNALED, Journal, Recorded
+from rawfuse.negotiate import Agreement, Settings, encode_init
 from rawfuse.notify import Notifier
 from rawfuse.running import Handler, Row, Running
 from rawfuse.table import SET_XATTR_COMPAT, TABLE
@@ -62,6 +64,7 @@ class Dispatcher:
         loop: asyncio.AbstractEventLoop,
         notifier: Notifier | None = None,
         backing: BackingFiles | None = None,
+        journal: Journal | None = None,
         trace: Trace | None = None,
     ) -> None:
         self._channels = channels
@@ -72,6 +75,11 @@ class Dispatcher:
         self._rows[Opcode.INTERRUPT].handler = self._interrupt
         if backing is not None:
             _choose_modes(self._rows, backing)
+        if journal is not None:
+            _keep_journal(self._rows, journal)
+            # The process before may have died with INIT read, and what it would agree on deposited, but not answered.
+            self._rows[Opcode.INIT].handler = _answer(encode_init(agreement, settings))
+            self._rows[Opcode.INIT].encode = link_target
         if notifier is not None:
             self._rows[Opcode.NOTIFY_REPLY].handler = _deliver_to(notifier)
         self._end_of_burst = filesystem.end_of_burst
@@ -85,6 +93,7 @@ class Dispatcher:
         self._early: dict[int, None] = {}
         self._undoing: set[asyncio.Task[Any]] = set()
         self._idle: asyncio.Future[None] | None = None
+        self._retired = False
         self.ended: asyncio.Future[int] = loop.create_future()
 
     def start(self) -> None:
@@ -122,11 +131,27 @@ class Dispatcher:
 
     async def drained(self) -> None:
         """Returns when no handler runs any more."""
-        if self._running:
-            self._idle = self._loop.create_future()
-            await self._idle
+        await self._settled(lambda running: True)
         while self._undoing:
             await asyncio.wait(self._undoing)
+
+    async def retire(self) -> None:
+        """Read nothing more, for another process will. Returns when no handler runs any more: those whose effect must
+        not stop half-way have finished and answered; the others are cancelled and their requests left unanswered."""
+        for channel in self._channels:
+            channel.end()
+        await self._settled(lambda running: not running.row.interruptible)
+        self._retired = True
+        for running in list(self._running.values()):
+            running.cancel()
+        await self.drained()
+        if not self.ended.done():
+            self.ended.set_result(0)
+
+    async def _settled(self, concerns: Callable[[Running], bool]) -> None:
+        while any(map(concerns, self._running.values())):
+            self._idle = self._loop.create_future()
+            await self._idle
 
     # Serving
 
@@ -228,7 +253,9 @@ class Dispatcher:
         """A handler that had waited has ended."""
         row, op = running.row, running.op
         del self._running[running.key]
-        if failure is None:
+        if self._retired:
+            pass  # another process will be asked
+        elif failure is None:
             self.answered(running.channel, row, op, result)
         else:
             self._reply_failure(running.channel, row, op, failure, interrupted=running.interrupted)
@@ -240,7 +267,7 @@ class Dispatcher:
             self._bytes -= running.bytes
             if self._paused and _has_room(self._admitted, self._most) and _has_room(self._bytes, self._most_bytes):
                 self._resume()
-        if self._idle is not None and not self._running and not self._idle.done():
+        if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
     def _resume(self) -> None:
@@ -330,6 +357,8 @@ class Dispatcher:
 
     def _undo(self, op: ops.Op, result: Any) -> None:
         """The kernel never got this reply: no FORGET and no RELEASE will come for it."""
+        if isinstance(result, Recorded):
+            return  # of a process before: the connection has ended, and all that it knew with it
         entry, opened = None, None
         if isinstance(op, (ops.CreateFile, ops.CreateTmpfile)):
             entry, opened = result
@@ -394,6 +423,14 @@ def _choose_modes(rows: dict[int, Row], files: BackingFiles) -> None:
             rows[opcode].handler = choose(handler)
 
 
+def _keep_journal(rows: dict[int, Row], journal: Journal) -> None:
+    """Have nothing done twice that another process has done before."""
+    for opcode in JOURNALED:
+        row = rows[opcode]
+        if row.handler is not None and row.encode is not None:
+            row.handler, row.encode = journal.guarding(row.handler), journal.recording(row.encode)
+
+
 _BUILT_IN = ("stat_fs", "forget_inode", "batch_forget", "destroy")
 """Methods whose default in ``FileSystem`` is an answer."""
 
@@ -403,6 +440,13 @@ def _deliver_to(notifier: Notifier) -> Handler:
         notifier.retrieved(op)
 
     return deliver
+
+
+def _answer(reply: bytes) -> Handler:
+    async def answer(op: ops.Op) -> bytes:
+        return reply
+
+    return answer
 
 
 async def _done(op: ops.Op) -> None:

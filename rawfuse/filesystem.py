@@ -7,6 +7,7 @@ import errno
 from rawfuse import ops
 from rawfuse.abi import InitFlag, Opcode
 from rawfuse.errors import FuseError
+from rawfuse.handover import Keeper
 from rawfuse.replies import (
     AttributesReply,
     DirectoryBuffer,
@@ -43,6 +44,9 @@ class FileSystem:
 
     declined: frozenset[Opcode] = frozenset()
     """Opcodes to answer as if their method were left out, whatever the class defines."""
+
+    keeper: Keeper | None = None
+    """Where what another process needs to take the mount over is deposited (``rawfuse.handover``)."""
 
     async def start(self) -> None:
         """Called before the mount; what it raises makes the mount fail."""

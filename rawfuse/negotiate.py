@@ -6,6 +6,7 @@ leave work to us that nobody does.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+import msgspec
 
 from rawfuse.abi import KERNEL_MAJOR, KERNEL_MINOR, OLDEST_MINOR, InitFlag, Opcode
 from rawfuse.errors import FuseError
@@ -225,6 +228,20 @@ class Agreement:
     refused: dict[InitFlag, str] = field(default_factory=dict)
     offered: int = 0
     kernel_minor: int = KERNEL_MINOR
+
+    def dump(self) -> bytes:
+        """For the process that takes the mount over; ``load`` makes it an Agreement again."""
+        fields = dataclasses.asdict(self)
+        fields["flags"] = int(self.flags)
+        fields["refused"] = {str(int(flag)): why for flag, why in self.refused.items()}
+        return msgspec.json.encode(fields)
+
+    @classmethod
+    def load(cls, data: bytes) -> Agreement:
+        fields = msgspec.json.decode(data)
+        fields["flags"] = InitFlag(fields["flags"])
+        fields["refused"] = {InitFlag(int(flag)): why for flag, why in fields["refused"].items()}
+        return cls(**fields)
 
     @property
     def buffer_size(self) -> int:

@@ -38,6 +38,9 @@ _PRUNE = Codec("fuse_notify_prune_out")
 _EXPIRE_ONLY: int = lib.FUSE_EXPIRE_ONLY
 _NOT_CACHED = (errno.ENOENT, errno.ENOTDIR)
 
+RESEND = OutMessage(0, error=NotifyCode.RESEND).buffers
+"""The notification by itself, for a connection without an agreement."""
+
 EPOCH_MINOR, PRUNE_MINOR = 44, 45
 
 

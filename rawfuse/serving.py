@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rawfuse.errors import FuseError
 from rawfuse.filesystem import FileSystem
@@ -13,7 +14,7 @@ from rawfuse.mount import MountOptions
 from rawfuse.negotiate import Settings
 from rawfuse.session import Session
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_Way = Callable[[Session], Coroutine[Any, Any, None]]
 
 
 def run(
@@ -34,26 +35,41 @@ def run(
 
 async def serve(session: Session) -> None:
     """Mount and serve until it is unmounted. SIGTERM and SIGINT unmount it; programs that have files open then get
-    ENOTCONN from there on. Afterwards both are ignored, because the program is about to end."""
-    told_to_end = asyncio.Event()
+    ENOTCONN from there on. With a keeper SIGHUP leaves the mount to the next process. Afterwards these signals are
+    ignored, because the program is about to end."""
     loop = asyncio.get_running_loop()
+    ways_to_end: dict[signal.Signals, _Way] = {signal.SIGTERM: _unmount, signal.SIGINT: _unmount}
+    if session.filesystem.keeper is not None:
+        ways_to_end[signal.SIGHUP] = _hand_over
+    told: asyncio.Future[_Way] = loop.create_future()
 
     def tell(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(told_to_end.set)
+        loop.call_soon_threadsafe(end_by, ways_to_end[signal.Signals(number)])
 
-    for number in _SIGNALS:
+    def end_by(way: _Way) -> None:
+        if not told.done():
+            told.set_result(way)
+
+    for number in ways_to_end:
         signal.signal(number, tell)  # a handler of the loop would end with it, and a second signal kill the program
     await session.mount()
-    unmounting = loop.create_task(_unmount(session, told_to_end))
+    ending = loop.create_task(_end(session, told))
     await session.serve()
-    unmounting.cancel()
-    for number in _SIGNALS:
+    ending.cancel()
+    for number in ways_to_end:
         signal.signal(number, signal.SIG_IGN)
 
 
-async def _unmount(session: Session, told_to_end: asyncio.Event) -> None:
-    await told_to_end.wait()
+async def _end(session: Session, told: asyncio.Future[_Way]) -> None:
+    await (await told)(session)
+
+
+async def _unmount(session: Session) -> None:
     try:
         await session.unmount()
     except FuseError:
         await session.unmount(lazy=True)
+
+
+async def _hand_over(session: Session) -> None:
+    await session.hand_over()

@@ -375,9 +375,9 @@ class TestFailingStart:
         (scratch / "mnt").mkdir()
         code = """
 import asyncio, struct, sys
-import rawfuse.session
+import rawfuse.exchange
 from examples.hello import Hello
-rawfuse.session.encode_init = lambda *_: struct.pack("=II", 6, 45)
+rawfuse.exchange.encode_init = lambda *_: struct.pack("=II", 6, 45)
 async def main():
     try:
         await rawfuse.Session(Hello(), sys.argv[1]).mount()

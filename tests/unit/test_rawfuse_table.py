@@ -229,7 +229,7 @@ def test_methods_are_those_of_the_interface() -> None:
     methods = {row.method for row in TABLE.values() if row.method}
     assert all(hasattr(FileSystem, name) for name in methods)
     served = {name for name in vars(FileSystem) if not name.startswith("_")}
-    assert served - methods == {"features", "unwanted", "declined", "start", "end_of_burst", "implements"}
+    assert served - methods == {"features", "unwanted", "declined", "keeper", "start", "end_of_burst", "implements"}
 
 
 def test_memoised_defaults() -> None:

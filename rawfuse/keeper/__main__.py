@@ -1,0 +1,5 @@
+"""python -m rawfuse.keeper"""
+
+from rawfuse.keeper import main
+
+main()
