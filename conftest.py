@@ -6,7 +6,7 @@ import pytest
 
 from rawfuse.testing.target import TargetSpec
 from rawfuse.testing.watchdog import Watchdog
-from tests.mounted.targets import STRESS, TARGETS, TRANSPORTS
+from tests.mounted.targets import CLONES, STRESS, TARGETS, URING
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,16 +15,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes half of the suite's time runs over the plain device alone, but for long runs."""
-    if STRESS:
-        return
-    names = tuple(
-        f"{test}[{spec.name}" for test in ("test_same_as_a_plain_directory", "test_big") for spec in TRANSPORTS
-    )
-    dropped = [item for item in items if item.name.startswith(names)]
+    """What takes half of the suite's time runs over the plain device alone, and over clones but a part of the rest."""
+    kept, dropped = [], []
+    for item in items:
+        (kept if STRESS or not _only_in_long_runs(item) else dropped).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not item.name.startswith(names)]
+        items[:] = kept
+
+
+def _only_in_long_runs(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    spec = callspec.params.get("target") if callspec is not None else None
+    if spec is CLONES:
+        return item.path.name not in ("test_data.py", "test_locks.py", "test_unlinked.py")
+    return spec is URING and item.path.name in ("test_model.py", "test_bigdirs.py")
 
 
 def pytest_fuse_targets() -> list[TargetSpec]:

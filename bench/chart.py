@@ -15,6 +15,9 @@ from matplotlib import pyplot
 
 COLOURS = ["#444444", "#1b6ca8", "#5aa9e6", "#9ad1f5", "#e07a5f", "#c1272d"]
 
+HIGHEST = 3
+"""Bars are cut there."""
+
 
 def draw(axes, title, systems):
     """Grouped bars: each figure relative to the first system, its median above the bar."""
@@ -26,11 +29,12 @@ def draw(axes, title, systems):
             mine, first = (systems[system]["figures"][figure]["median"] for system in (name, names[0]))
             if not mine or not first:
                 continue
+            height = min(mine / first, HIGHEST)
             place = position + (number - len(names) / 2 + 0.5) * width
             label = name if position == 0 else None
-            axes.bar(place, mine / first, width * 0.95, color=COLOURS[number % len(COLOURS)], label=label)
+            axes.bar(place, height, width * 0.95, color=COLOURS[number % len(COLOURS)], label=label)
             text = f"{mine / 1000:.1f}k" if mine >= 1000 else f"{mine:.0f}"
-            axes.text(place, mine / first, text, ha="center", va="bottom", fontsize=5, rotation=90)
+            axes.text(place, height, text, ha="center", va="bottom", fontsize=5, rotation=90)
     units = [systems[names[0]]["figures"][figure]["unit"] for figure in figures]
     labels = [f"{figure}\n{unit}" for figure, unit in zip(figures, units, strict=True)]
     axes.set_xticks(range(len(figures)), labels, fontsize=6, rotation=30, ha="right")

@@ -70,9 +70,9 @@ POLEFS = TargetSpec(
     "polefs", polefs_command("{scratch}/volume", "{mountpoint}"), check=fsck_command("{scratch}/volume")
 )
 
-TRANSPORTS = [over("clones"), over("uring")]
+CLONES, URING = over("clones"), over("uring")
 
-TARGETS = [LOCAL, MEMORY, *TRANSPORTS, POLEFS]
+TARGETS = [LOCAL, MEMORY, CLONES, URING, POLEFS]
 
 
 class PolefsTarget(Target):
