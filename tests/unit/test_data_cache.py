@@ -260,6 +260,21 @@ def test_small_neighbours_come_together(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_closing_waits_for_no_answer(tmp_path: Path) -> None:
+    """Nobody is there who would want what is still being fetched ahead."""
+
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(16 * MIB)
+        ino = await write(volume, b"a", data)
+        assert await volume.read(ino, 0, MIB) == data[:MIB]
+        gate.open.clear()
+        await volume.read(ino, MIB // 2, 4096)
+        cached(volume)._start(cached(volume)._fetch_ahead(ino, 8 * MIB, 16 * MIB))
+        await until(lambda: gate.waiting > 0)
+
+    run(tmp_path, work)
+
+
 def test_holes_need_no_cache(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         ino = await volume.make(b"a")

@@ -97,8 +97,10 @@ class CachedContents:
         await self.cache.start(previous, writer)
 
     async def close(self, *, clean: bool) -> None:
-        """As ``ContentCache.close``; nobody reads any more."""
+        """As ``ContentCache.close``; nobody reads any more. What is still being fetched is given up."""
         while self._tasks:
+            for task in self._tasks:
+                task.cancel()
             await asyncio.wait(self._tasks)
         self._neighbours.close()
         await self.cache.close(clean=clean)

@@ -275,10 +275,10 @@ class ContentCache(Generic[R]):
         file.filling += 1
         try:
             if file.handle is None:
-                created = await self._run(self._directory.create, file.ino)
+                created = await _to_its_end(self._run(self._directory.create, file.ino))
                 file.handle = file.handle or created  # another fill may have been faster
             handle = file.handle
-            grown, free = await self._run(self._directory.fill, handle, start, parts)
+            grown, free = await _to_its_end(self._run(self._directory.fill, handle, start, parts))
         except OSError as error:
             self._pause(error)
             return
