@@ -416,6 +416,7 @@ class Comparison(RuleBasedStateMachine):
 def test_same_as_a_plain_directory(root: Path, target: Target, fuse_stress: bool) -> None:
     """In the end an unmount and a mount, after which what each run has left must still be the same."""
     local = make_scratch("compare")
+    examples = 2000 if fuse_stress else 150 if target.server is not None else 25  # without a server: of the test itself
     runs: list[Comparison] = []
 
     def begin() -> Comparison:
@@ -427,7 +428,7 @@ def test_same_as_a_plain_directory(root: Path, target: Target, fuse_stress: bool
             run_state_machine_as_test(
                 begin,  # type: ignore[arg-type]
                 settings=settings(
-                    max_examples=2000 if fuse_stress else 150,
+                    max_examples=examples,
                     stateful_step_count=60 if fuse_stress else 40,
                     deadline=None,
                     derandomize=not fuse_stress,
