@@ -21,7 +21,7 @@ from rawfuse.testing import hooks
 from rawfuse.testing.fixtures import LOGS, deadline_of, make_scratch, require, watch_log
 from rawfuse.testing.namespace import enter_private_namespace, missing_requirement
 from rawfuse.testing.server import Server
-from rawfuse.testing.target import LACKS, Target, TargetSpec
+from rawfuse.testing.target import LACKS, STOP_DEADLINE, Target, TargetSpec
 from rawfuse.testing.watchdog import Watchdog
 
 FuseMount = Callable[[str | Sequence[str]], Server]
@@ -157,9 +157,8 @@ def fuse_mount(fuse_watchdog: Watchdog, request: pytest.FixtureRequest) -> Itera
             yield mount
         for target in started:
             if target.server is not None:
-                target.server.require_alive()
-                if target.server.alive:
-                    target.stop()
+                with fuse_watchdog.deadline(STOP_DEADLINE):
+                    target.server.finish()
     finally:
         for target in started:
             target.discard()

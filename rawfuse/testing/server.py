@@ -99,6 +99,14 @@ class Server:
         if self._process is not None and self._process.poll() is not None and not self._end_is_known:
             raise ServerError(f"the server died with code {self._process.returncode}:\n{self.tail()}")
 
+    def finish(self) -> None:
+        """At the end of a test: unmount, unless the test has ended the server in some way. ServerError when the server
+        has ended by itself, or does not end well."""
+        if self.alive:
+            self.unmount()
+        elif self._process is not None and self._process.returncode != 0:
+            self.require_alive()
+
     def wait(self, timeout: float = SERVER_DEADLINE) -> int:
         """The exit code of the server process (negative: the signal that ended it)."""
         self._end_is_known = True
@@ -154,12 +162,14 @@ class Server:
         os.kill(self.pid, number)
 
     def unmount(self) -> None:
-        """umount(2) from outside, then require that the server saves everything and ends with code 0."""
+        """umount(2) from outside, if that has not been done yet, then require that the server saves everything and ends
+        with code 0."""
         if self.aborted:
             self.kill()
             return
         try:
-            umount_syscall(str(self.mountpoint))
+            if find_mount(self.mountpoint) is not None:
+                umount_syscall(str(self.mountpoint))
         except OSError as error:
             users = self.users() if error.errno == errno.EBUSY else ""
             self.abort()

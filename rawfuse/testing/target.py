@@ -106,6 +106,7 @@ class Target:
     def discard(self) -> None:
         """End it in any state and remove everything from the disk."""
         if self.server is not None:
+            self.watchdog.unwatch(self.server)
             self.server.abort()
             self.server.kill()
         shutil.rmtree(self.place)

@@ -24,7 +24,7 @@ class Watchdog:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._ends: float | None = None
-        self._servers: list[Server] = []
+        self._servers: set[Server] = set()
         self._closing = False
         self._seconds = 0.0
         self._previous = signal.signal(self.INTERRUPT, self._interrupt)
@@ -41,11 +41,11 @@ class Watchdog:
     def watch(self, server: Server) -> None:
         """Abort this server's mount when a deadline passes."""
         with self._changed:
-            self._servers.append(server)
+            self._servers.add(server)
 
     def unwatch(self, server: Server) -> None:
         with self._changed:
-            self._servers.remove(server)
+            self._servers.discard(server)
 
     @contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:

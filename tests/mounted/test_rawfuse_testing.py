@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import rawfuse.testing.posix
-from rawfuse.testing.mounts import find_mount
+from rawfuse.testing.mounts import find_mount, umount_syscall
 from rawfuse.testing.peer import Peer
 from rawfuse.testing.plugin import FuseMount
 from rawfuse.testing.server import Server, ServerError
@@ -75,6 +75,11 @@ def test_namespace_is_private(server: Server) -> None:
     """The process that started pytest does not see the mount."""
     outside = Path(f"/proc/{os.getppid()}/mountinfo").read_text()
     assert str(server.mountpoint) not in outside
+
+
+def test_unmounted_by_the_test(server: Server) -> None:
+    """The fixture then waits for the server's end."""
+    umount_syscall(str(server.mountpoint))
 
 
 OTHER_RUN = """
