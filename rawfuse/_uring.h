@@ -6,8 +6,8 @@
  * and between them nothing changes.
  *
  * A request is laid out in the entry's memory as a read of /dev/fuse gives it: header, the operation's structure,
- * payload. The kernel fills the payload memory, which begins RING_LEAD bytes into the entry's memory: where the payload of a
- * WRITE belongs. That of an operation with a structure of another size is moved. */
+ * payload. The kernel fills the payload memory, which begins RING_LEAD bytes into the entry's memory: where the payload of
+ * a WRITE belongs. That of an operation with a structure of another size is moved. */
 
 enum {
     RING_SUBMISSIONS = 64,
@@ -211,7 +211,8 @@ static inline int ring_try(struct rawfuse_ring *ring)
 }
 
 /* A ring with room for `entries` entries of `payload` bytes each in `queues` queues; -errno where there can be none. */
-static inline int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload, struct rawfuse_ring **result)
+static inline int rawfuse_ring_open(int device, unsigned queues, unsigned entries, size_t payload,
+                                    struct rawfuse_ring **result)
 {
     struct rawfuse_ring *ring = calloc(1, sizeof(*ring));
     int error;
