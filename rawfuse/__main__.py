@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         report = probe()
     except OSError as error:
-        sys.exit(f"rawfuse: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"rawfuse: {where}{error.strerror or error}")
     print(msgspec.json.format(msgspec.json.encode(report)).decode() if chosen.json else "\n".join(_lines(report)))
 
 

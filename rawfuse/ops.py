@@ -310,7 +310,8 @@ class Destroy(Op, gc=False):
 
 
 class Ioctl(Op, gc=False):
-    """IOCTL. ``flags``: ``IoctlFlag``; sizes follow from the command number. Reply ``IoctlResult``."""
+    """IOCTL. ``flags``: ``IoctlFlag``; sizes follow from the command number. Reply ``IoctlResult`` with at most
+    ``out_size`` bytes; exactly so many for FS_IOC_GETFLAGS and FS_IOC_FSGETXATTR, which chattr(1) needs both."""
 
     fh: int
     flags: int
