@@ -327,9 +327,10 @@ class CachedModel(DataModel):
 
 TestDataModel = DataModel.TestCase
 TestCachedModel = CachedModel.TestCase
-TestDataModel.settings = TestCachedModel.settings = settings(
+TestDataModel.settings = settings(
     max_examples=400 if os.environ.get("POLEFS_STRESS") else 40,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+TestCachedModel.settings = settings(TestDataModel.settings, max_examples=400 if os.environ.get("POLEFS_STRESS") else 20)
