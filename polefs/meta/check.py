@@ -88,6 +88,8 @@ def repair(store: SqliteStore) -> None:
         for rule in COUNTS:
             for statement in rule.mend:
                 execute(statement)
+        # Contents may be others now: no cache is what the metadata tell of any more.
+        execute("UPDATE volume SET writer = 0")
 
 
 def _reattach(execute: Execute) -> None:
