@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -14,9 +16,8 @@ import msgspec
 from polefs.data.durability import JournalLog
 from polefs.data.journal import Kind
 from polefs.data.ranges import HOLE, Chunk, DirtySource
-from polefs.data.replica import Replica
+from polefs.data.replica import Replica, replica_generation
 from polefs.data.state import FileState, Layer
-from polefs.data.writeback import Work
 from polefs.meta.model import FILE_SIZE_MAX, Inode
 
 _MEMORY_PER_FILE: Final = 64 << 10
@@ -39,44 +40,65 @@ class Limits(msgspec.Struct, frozen=True):
     """Bytes of journals."""
     replicas: int = 384
     """Replica files, each of which is an open descriptor."""
+    epoch: int = 1 << 62
+    """Bytes of contents after which the next journal begins: so many stay in replicas until the last of them is
+    committed."""
 
 
 class DirtyFiles:
-    """``changed`` is set by the first change after it was cleared, ``urgent`` when write-back should start at once;
-    ``full`` tells that writes have to wait for it."""
+    """``changed`` is set by the first change after it was cleared, ``urgent`` when write-back should start at once,
+    ``swollen`` when the next journal should begin; ``full`` tells that writes have to wait for write-back."""
 
-    def __init__(self, directory: str, log: JournalLog, limits: Limits) -> None:
+    def __init__(self, directory: str, log: JournalLog, limits: Limits, relieved: Callable[[], None]) -> None:
+        """``relieved`` is called when it is not ``full`` any more."""
         self._directory = directory
         self.log = log
         self._limits = limits
         self._states: dict[int, FileState] = {}
         self.find = self._states.get
         """The state of a file by inode number; None when everything of it is committed."""
-        self._settled: dict[int, int] = {}
-        """Files whose changes are committed but still told of by a journal, and which one's number is the last."""
+        self._relieved = relieved
+        self._settled: dict[int, tuple[int, int]] = {}
+        """Files whose changes are committed but still told of by journals, and where the last of these ends."""
         self._ignored: dict[int, int] = {}
         """Files of which a journal says that what it tells of them is to be ignored, and its number."""
         self._retired: list[tuple[int, Replica]] = []
         """Replicas that nobody needs any more but a journal, and its number."""
-        self._generations = itertools.count(1)
+        used = max((replica_generation(name) for name in os.listdir(directory)), default=0)
+        self._generations = itertools.count(used + 1)
         self._memory = 0
         self._replicas = 0
         self.bytes = 0
         """Uncommitted bytes of contents."""
         self.changed = asyncio.Event()
         self.urgent = asyncio.Event()
+        self.swollen = asyncio.Event()
+        self._rotating = asyncio.Lock()
+        self._fresh = 0
+        """Bytes that the current journal tells of."""
         self.full = False
         self._pressed = False
 
-    def adopt(self, states: dict[int, FileState]) -> None:
+    def adopt(self, states: dict[int, FileState], replicas: Sequence[Replica]) -> None:
         """Take over what recovery found."""
         self._states.update(states)
+        self._retired += [(0, replica) for replica in replicas]
+        self._replicas += len(replicas)
         for state in states.values():
             for layer in state.layers:
                 self.bytes += layer.ranges.data
                 self._memory += layer.ranges.memory
         if states:
             self.changed.set()
+
+    async def rotate(self) -> int:
+        """Begin the next journal; returns its number. What was changed before the return belongs to older ones, what
+        comes after to it."""
+        async with self._rotating:
+            self._fresh = 0
+            self.swollen.clear()
+            await self.log.rotate()
+            return self.log.epoch
 
     def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
         """OSError as the local file system reports it: ENOSPC, EIO."""
@@ -106,6 +128,9 @@ class DirtyFiles:
             layer.size = end
         self._memory += ranges.memory - memory
         self.bytes += ranges.data - size
+        self._fresh += length
+        if self._fresh > self._limits.epoch:
+            self.swollen.set()
         self._changed(state, layer, now)
         return length
 
@@ -136,7 +161,7 @@ class DirtyFiles:
                 layer.mtime = None
         elif ino in self._settled:
             self.log.current.append(Kind.MTIME, ino, 0, 0, 0, mtime)
-            self._settled[ino] = self.log.epoch
+            self._settled[ino] = self.log.place
             self.changed.set()
 
     def told_by_journal(self, ino: int) -> bool:
@@ -144,8 +169,9 @@ class DirtyFiles:
         return ino in self._settled
 
     def forget_journal(self, ino: int) -> None:
-        """Let a replay ignore all that the journals tell of a file so far. It is committed, and durably."""
-        self.log.current.append(Kind.SETTLED, ino, 0, 0, 0, 0)
+        """Let a replay ignore what the journals tell of a file that is committed: it is, and durably."""
+        epoch, end = self._settled[ino]
+        self.log.current.append(Kind.SETTLED, ino, epoch, end, 0, 0)
         self.changed.set()
         del self._settled[ino]
         self._ignored[ino] = self.log.epoch
@@ -179,35 +205,52 @@ class DirtyFiles:
         """Should the process die before the segment is committed, recovery deletes its object."""
         self.log.current.append(Kind.SEGMENT, 0, number, 0, 0, 0)
 
-    def work(self, before: int) -> list[Work]:
-        """The layers that belong to journals before ``before``."""
-        found: list[Work] = []
-        for state in self._states.values():
-            depth = sum(layer.epoch < before for layer in state.layers)
-            if depth:
-                found.append(Work(state, depth))
-        return found
+    def older(self, before: int) -> list[int]:
+        """The files with layers that belong to journals before ``before``, first those that have waited longest."""
+        return [ino for ino, state in self._states.items() if state.layers[0].epoch < before]
 
-    def seal(self, ino: int) -> Work | None:
-        """All layers of one file, which are not written to any more."""
+    def oldest(self) -> int:
+        """The number of the oldest journal that tells of something that is not committed, or of the current one."""
+        return min((state.layers[0].epoch for state in self._states.values()), default=self.log.epoch)
+
+    def seal(self, ino: int, before: int | None) -> int:
+        """How many of the oldest layers of a file belong to journals before ``before``; None: all, which are not
+        written to any more."""
         state = self._states.get(ino)
         if state is None:
-            return None
-        for layer in state.layers:
-            layer.sealed = True
-        return Work(state, len(state.layers))
+            return 0
+        if before is None:
+            for layer in state.layers:
+                layer.sealed = True
+            return len(state.layers)
+        return sum(layer.epoch < before for layer in state.layers)
+
+    def relieve(self, state: FileState, size: int) -> None:
+        """So many bytes of the layers that are being written back are committed."""
+        if not state.gone:
+            state.committed += size
+            self.bytes -= size
+            self._check()
+
+    def burden(self, state: FileState) -> None:
+        """The write-back of this file has failed: its layers stay as a whole."""
+        self.bytes += state.committed
+        state.committed = 0
+        self._check()
 
     def settle(self, state: FileState, depth: int) -> None:
         """The ``depth`` oldest layers are committed, or of a removed file."""
         layers = state.layers[:depth]
         del state.layers[:depth]
+        self.bytes += state.committed
+        state.committed = 0
         for layer in layers:
             self._memory -= layer.ranges.memory
             self.bytes -= layer.ranges.data
             if layer.replica is not None:
                 self._retire(layer)
         if layers:
-            self._settled[state.ino] = layers[-1].epoch
+            self._settled[state.ino] = layers[-1].epoch, layers[-1].end
         if not state.layers and self._states.get(state.ino) is state:
             del self._states[state.ino]
         self._check()
@@ -218,7 +261,7 @@ class DirtyFiles:
 
     def deleted(self, before: int) -> None:
         """The journals before ``before`` are deleted, and the replicas that ``retired`` named before these were."""
-        self._settled = {ino: epoch for ino, epoch in self._settled.items() if epoch >= before}
+        self._settled = {ino: place for ino, place in self._settled.items() if place[0] >= before}
         self._ignored = {ino: epoch for ino, epoch in self._ignored.items() if epoch >= before}
         count = len(self._retired)
         self._retired = [(epoch, replica) for epoch, replica in self._retired if epoch >= before]
@@ -267,7 +310,7 @@ class DirtyFiles:
         layer.mtime = layer.ctime = now
         journal = self.log.current
         state.journal_epoch = journal.number
-        state.journal_end = journal.end
+        state.journal_end = layer.end = journal.end
         if not self.changed.is_set():
             self.changed.set()
         self._check()
@@ -284,6 +327,10 @@ class DirtyFiles:
             or journal * 2 > limits.journal
             or replicas * 2 > limits.replicas
         )
-        self.full = self._pressed and (
+        full = self._pressed and (
             memory > limits.memory or size > limits.local or journal > limits.journal or replicas > limits.replicas
         )
+        if full != self.full:
+            self.full = full
+            if not full:
+                self._relieved()

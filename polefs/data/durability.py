@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor
 
@@ -25,6 +25,8 @@ class JournalLog:
         self.current = current
         self._older: list[Journal] = []
         self._older_size = 0
+        self._names = threading.Lock()
+        """Held by the thread that makes or removes journals: there is one spare."""
         self._running: asyncio.Future[None] | None = None
         self._next: asyncio.Future[None] | None = None
         self._next_replicas: set[Replica] = set()
@@ -32,6 +34,11 @@ class JournalLog:
     @property
     def epoch(self) -> int:
         return self.current.number
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the next record goes: the journal's number, and the position in it."""
+        return self.current.number, self.current.end
 
     @property
     def size(self) -> int:
@@ -55,24 +62,33 @@ class JournalLog:
             return
         loop = asyncio.get_running_loop()
         # After rounds that failed the older ones are still there: not each of them takes room in advance.
-        make = functools.partial(Journal, self._directory, self.epoch + 1, preallocate=not self._older)
-        new = await loop.run_in_executor(self._threads, make)
+        new = await loop.run_in_executor(self._threads, self._make, self.epoch + 1, not self._older)
         self._older.append(self.current)
         self._older_size += self.current.end
         self.current = new
 
-    async def retire(self, replicas: Iterable[str]) -> None:
-        """Delete the older journals and then ``replicas`` (paths), which only they refer to. Everything that they
-        tell of must have been committed durably."""
-        old = list(self._older)
+    def _make(self, number: int, preallocate: bool) -> Journal:
+        with self._names:
+            return Journal(self._directory, number, preallocate=preallocate)
+
+    def adopt(self, journals: Iterable[Journal]) -> None:
+        """Take over what another process has left, older than the current one."""
+        self._older[:0] = journals
+        self._older_size = sum(journal.end for journal in self._older)
+
+    async def retire(self, before: int, replicas: Iterable[str]) -> None:
+        """Delete the journals before ``before``, which is at most the current one, and then ``replicas`` (paths), which
+        only they refer to. Everything that they tell of must have been committed durably."""
+        old = [journal for journal in self._older if journal.number < before]
         await asyncio.get_running_loop().run_in_executor(self._threads, self._retire, old, list(replicas))
 
     def _retire(self, journals: list[Journal], replicas: list[str]) -> None:
         # Oldest first: what is left when the process dies here is the end of the story, harmless to replay.
-        for journal in journals:
-            journal.remove(self._directory, recycle=journal is journals[-1])
-            self._older.remove(journal)
-            self._older_size -= journal.end
+        with self._names:
+            for journal in journals:
+                journal.remove(self._directory, recycle=journal is journals[-1])
+                self._older.remove(journal)
+                self._older_size -= journal.end
         # A journal that came back after a loss of power might have lost its end, and would look for its replicas.
         sync_directory(self._directory)
         for path in replicas:

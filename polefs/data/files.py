@@ -34,7 +34,6 @@ from polefs.data.journal import Journal, journal_name, journal_number
 from polefs.data.reader import Reader, seek
 from polefs.data.reclaim import Reclaimer
 from polefs.data.recovery import recover
-from polefs.data.state import FileState
 from polefs.data.writeback import WriteBack
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import FILE_SIZE_MAX, DataCommit, Inode, SetAttr
@@ -56,7 +55,7 @@ _COPY_MAX: Final = 8 << 20
 _COPY_STEP: Final = 1 << 20
 _SHARE_ATTEMPTS: Final = 4
 
-_MEMORY: Final = 64 << 20
+_MEMORY: Final = 96 << 20
 """The budget of contents on their way, unless another is given, bytes; read-ahead has as much again."""
 
 
@@ -103,7 +102,7 @@ class FileStore:
         os.makedirs(self._directory, exist_ok=True)
         numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
         self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
-        self._dirty = DirtyFiles(self._directory, self._log, limits or Limits())
+        self._dirty = DirtyFiles(self._directory, self._log, limits or Limits(), self._relieved)
         self._find = self._dirty.find
         self._writeback = WriteBack(
             meta,
@@ -111,10 +110,10 @@ class FileStore:
             codec,
             self._reader,
             self._threads,
+            self.budget.share(self.budget.limit * 3 // 4),
+            self._dirty,
             self._committing,
-            self._settled,
             None if self.cached is None else self.cached.cache.keep,
-            self._dirty.note_segment,
         )
         self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)
 
@@ -128,14 +127,14 @@ class FileStore:
             await self._meta.sync()
             await self.cached.start(previous, writer)
         found = await recover(self._meta, self._directory, self._log.epoch, self._threads)
-        self._dirty.adopt(found.states)
-        self._writeback.doubtful.extend(found.segments)
-        await self._writeback.commit(self._dirty.work(self._log.epoch))
+        self._log.adopt(found.journals)
+        self._dirty.adopt(found.states, found.replicas)
+        self._writeback.doubtful += found.segments
         for ino, mtime in found.mtimes.items():
             await self._meta.set_attributes(ino, SetAttr(mtime=mtime))
-        await self._meta.sync()
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, self._log.epoch)
-        self._dirty.deleted(self._log.epoch)
+        keep = {os.path.basename(replica.path) for replica in found.replicas}
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, keep)
+        await self._flusher.flush()
         await self._reclaimer.reclaim()
 
     def start(self) -> None:
@@ -146,30 +145,33 @@ class FileStore:
     async def close(self) -> None:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
         journals for the next ``recover``. Nothing else may be running or be called afterwards."""
-        await self._flusher.stop()
         saved = False
         try:
-            await self._flusher.flush()
+            await self._flusher.finish()
             await self._meta.sync()
             saved = True
             await self._reclaimer.reclaim()
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, self._log.epoch + 1)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._empty)
         finally:
+            await self._flusher.abandon()
             await self._reclaimer.stop()
             if self.cached is not None:
                 await self.cached.close(clean=saved)
             self._threads.shutdown(wait=False)
 
-    def _clean(self, epoch: int) -> None:
-        """Delete the journals before ``epoch``, oldest first, then all else but the live journal. All is committed."""
-        names = os.listdir(self._directory)
-        for number in sorted(number for name in names if (number := journal_number(name)) is not None):
-            if number < epoch:
-                os.unlink(os.path.join(self._directory, journal_name(number)))
-        sync_directory(self._directory)
-        for name in names:
-            if journal_number(name) is None:
+    def _clean(self, keep: set[str]) -> None:
+        """Delete what is no journal and not to be kept: a process has died before it could."""
+        for name in os.listdir(self._directory):
+            if journal_number(name) is None and name not in keep:
                 os.unlink(os.path.join(self._directory, name))
+
+    def _empty(self) -> None:
+        """Delete the journals, oldest first, then all else. All is committed."""
+        numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
+        for number in sorted(numbers):
+            os.unlink(os.path.join(self._directory, journal_name(number)))
+        sync_directory(self._directory)
+        self._clean(set())
 
     # Contents
 
@@ -251,7 +253,7 @@ class FileStore:
         if source.ino == target.ino and abs(source_offset - target_offset) < length:
             raise _error(errno.EINVAL)
         if length >= SHARE_MIN:
-            shared = await self._flusher.exclusively(
+            shared = await self._flusher.uncancelled(
                 self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX), now)
             )
             if shared is not None:
@@ -261,34 +263,39 @@ class FileStore:
     async def _share(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
     ) -> int | None:
-        """No write-back may be going on. None when it cannot be done: the target is inline, or being written to all the
-        time."""
+        """None when it cannot be done: the target is inline, or being written to all the time."""
         for _ in range(_SHARE_ATTEMPTS):
-            if self._find(source) or self._find(target):
-                await self._flusher.commit_files((source, target))
-            if self._dirty.told_by_journal(target):
-                # A replay must not bring older contents back; it may leave them out once they are durable elsewhere.
-                await self._meta.sync()
-            if self._find(target):
-                continue
-            length = min(length, (await self._meta.get_inode(source)).size - source_offset)
-            if length <= 0:
-                return 0
-            if self._dirty.told_by_journal(target):
-                self._dirty.forget_journal(target)
-            try:
-                async with self._changing({target: [(target_offset, target_offset + length)]}):
-                    inode = await self._meta.clone_range(source, source_offset, length, target, target_offset)
-            except OSError as error:
-                if error.errno == errno.EOPNOTSUPP:
-                    return None
-                raise
-            state = self._find(target)
-            if state is not None and state.size < target_offset + length:
-                # Written to, by a file size that is no more, while the metadata changed.
-                self._dirty.punch(inode, 0, 0, target_offset + length, now)
-            return length
+            await self._flusher.flush_files((source, target))
+            async with self._writeback.holding((source, target)):
+                if self._dirty.told_by_journal(target):
+                    # A replay must not bring older contents back; it may leave them out once they are durable
+                    # elsewhere.
+                    await self._meta.sync()
+                if self._find(target) is None:
+                    return await self._clone(source, source_offset, target, target_offset, length, now)
         return None
+
+    async def _clone(
+        self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
+    ) -> int | None:
+        """Nothing of the two is dirty or under way."""
+        length = min(length, (await self._meta.get_inode(source)).size - source_offset)
+        if length <= 0:
+            return 0
+        if self._dirty.told_by_journal(target):
+            self._dirty.forget_journal(target)
+        try:
+            async with self._changing({target: [(target_offset, target_offset + length)]}):
+                inode = await self._meta.clone_range(source, source_offset, length, target, target_offset)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return None
+            raise
+        state = self._find(target)
+        if state is not None and state.size < target_offset + length:
+            # Written to, by a file size that is no more, while the metadata changed.
+            self._dirty.punch(inode, 0, 0, target_offset + length, now)
+        return length
 
     async def _copy(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
@@ -342,7 +349,8 @@ class FileStore:
         if ino is None:
             await self._flusher.flush()
         elif self._find(ino) is not None:
-            await self._flusher.flush_files((ino,))
+            await self._flusher.flush_files([ino])
+            await self._writeback.kept()
 
     async def make_room(self) -> None:
         """Write back everything and delete what is dead now: what is left is needed."""
@@ -385,6 +393,7 @@ class FileStore:
                 changes[commit.ino] = await self._changed_ranges(commit)
         async with self._changing(changes):
             yield
+        self._reclaimer.soon()
 
     async def _changed_ranges(self, commit: DataCommit) -> list[Range]:
         try:
@@ -396,9 +405,8 @@ class FileStore:
         ranges = [*commit.drops, *((extent.offset, extent.end) for extent in commit.extents)]
         return [*ranges, (commit.size, FILE_SIZE_MAX)] if commit.size < inode.size else ranges
 
-    def _settled(self, state: FileState, depth: int) -> None:
-        self._dirty.settle(state, depth)
-        self._reclaimer.soon()
+    def _relieved(self) -> None:
+        self._flusher.release()
 
     async def _wait_for_room(self, inode: Inode) -> Inode:
         await self._flusher.wait_for_room()

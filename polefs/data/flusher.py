@@ -6,8 +6,9 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final, TypeVar
 
 from polefs.data.dirty import DirtyFiles
 from polefs.data.writeback import WriteBack
@@ -17,113 +18,67 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_RETRY_MAX = 60.0
+_RETRY_MAX: Final = 60.0
 """Longest time between two attempts after failures, seconds."""
 
 
 class Flusher:
-    """Runs write-back rounds. One round starts a new journal, commits everything that the older ones tell of, makes
-    that durable, and deletes them."""
+    """Runs write-back rounds. One round submits what older journals tell of. The next begins when all of that is under
+    way. Journals that tell of nothing any more that is not committed are deleted, once that is durable."""
 
     def __init__(self, meta: MetaAPI, dirty: DirtyFiles, writeback: WriteBack, flush_after: float) -> None:
         self._meta = meta
         self._dirty = dirty
         self._writeback = writeback
         self._flush_after = flush_after
-        self._lock = asyncio.Lock()
+        self._retiring = asyncio.Lock()
+        self._closed: deque[int] = deque()
+        """Journals that have ended and were not submitted yet, oldest first."""
         self._failures = 0
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._room: asyncio.Future[None] | None = None
         self._working: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run(), name="flusher")
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run(), name="flusher"), loop.create_task(self._watch_size())]
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
+        """No more rounds begin. Those under way go on."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def finish(self) -> None:
+        """Write back everything; nothing is under way any more afterwards, also after a failure."""
+        await self.stop()
+        try:
+            await self.flush()
+        finally:
+            while self._working:
+                await asyncio.wait(self._working)
+            await self._writeback.idle()
+
+    async def abandon(self) -> None:
+        """Give up what is under way. Everything is told by the journals."""
+        await self.stop()
+        await self._writeback.stop()
+        while self._working:
+            for task in self._working:
+                task.cancel()
+            await asyncio.wait(self._working)
 
     async def wait_for_room(self) -> None:
-        """Returns once there is room for a write. Raises what kept write-back from making room (ENOSPC, EIO …)."""
+        """Returns once there is room for a write. Raises what keeps write-back from making room (ENOSPC, EIO …)."""
         while self._dirty.full:
             if self._room is None:
                 self._room = asyncio.get_running_loop().create_future()
             self._dirty.urgent.set()
             await asyncio.shield(self._room)
 
-    async def flush_files(self, inos: tuple[int, ...]) -> None:
-        """Write back these files now. Their journal records stay until the next round. A caller that is cancelled does
-        not stop it."""
-        await self.exclusively(self.commit_files(inos))
-
-    async def exclusively(self, work: Coroutine[None, None, T]) -> T:
-        """Run ``work`` to its end while no write-back is going on. A caller that is cancelled does not stop it."""
-        return await self._uncancelled(self._locked(work))
-
-    async def commit_files(self, inos: tuple[int, ...]) -> None:
-        """As ``flush_files``, within ``exclusively``."""
-        works = [work for ino in {*inos} if (work := self._dirty.seal(ino)) is not None]
-        if works:
-            await self._writeback.commit(works)
-
-    async def flush(self) -> None:
-        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure. A
-        caller that is cancelled does not stop it."""
-        await self._uncancelled(self._flush())
-
-    async def _uncancelled(self, work: Coroutine[None, None, T]) -> T:
-        task = asyncio.get_running_loop().create_task(work)
-        self._working.add(task)
-        task.add_done_callback(self._worked)
-        return await asyncio.shield(task)
-
-    def _worked(self, task: asyncio.Task[Any]) -> None:
-        self._working.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked for it may be gone
-
-    async def _locked(self, work: Coroutine[None, None, T]) -> T:
-        async with self._lock:
-            return await work
-
-    async def _flush(self) -> None:
-        async with self._lock:
-            try:
-                await self._round()
-            except Exception as error:
-                self._failures += 1
-                if isinstance(error, OSError):
-                    log.error("write-back failed: %s", error)
-                    self._release(error)
-                else:
-                    log.exception("write-back failed")
-                    self._release(OSError(errno.EIO, os.strerror(errno.EIO)))
-                raise
-            self._failures = 0
-            self._release(None)
-
-    async def _round(self) -> None:
-        dirty = self._dirty
-        if dirty.log.empty and not dirty.changed.is_set():
-            return
-        dirty.urgent.clear()
-        await dirty.log.rotate()
-        dirty.changed.clear()
-        epoch = dirty.log.epoch
-        try:
-            await self._writeback.commit(dirty.work(epoch))
-            await self._writeback.ids.replenish()
-            await self._meta.sync()
-            await dirty.log.retire(dirty.retired(epoch))
-        except BaseException:
-            dirty.changed.set()
-            dirty.urgent.clear()
-            raise
-        dirty.deleted(epoch)
-
-    def _release(self, error: OSError | None) -> None:
+    def release(self, error: OSError | None = None) -> None:
+        """There is room, or there will be none because of this error: whoever waits for it goes on."""
         room, self._room = self._room, None
         if room is not None and not room.done():
             if error is None:
@@ -132,17 +87,121 @@ class Flusher:
                 room.set_exception(error)
                 room.exception()  # its waiters may all have been cancelled
 
-    async def _run(self) -> None:
+    async def flush_files(self, inos: Iterable[int]) -> None:
+        """Write back these files now. What the journals tell of them stays. A caller that is cancelled does not stop
+        it."""
+        await _all([self._writeback.submit(ino, None, urgent=True) for ino in {*inos} if self._dirty.find(ino)])
+
+    async def flush(self) -> None:
+        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure. A
+        caller that is cancelled does not stop it."""
+        await self.uncancelled(self._flush())
+
+    async def uncancelled(self, work: Coroutine[None, None, T]) -> T:
+        """Run ``work`` to its end, also when the caller is cancelled."""
+        return await asyncio.shield(self._start(work))
+
+    def _start(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._working.add(task)
+        task.add_done_callback(self._worked)
+        return task
+
+    def _worked(self, task: asyncio.Task[Any]) -> None:
+        self._working.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked for it may be gone
+
+    async def _flush(self) -> None:
+        if not self._dirty.log.empty or self._dirty.changed.is_set():
+            try:
+                await self._close_journal()
+                self._closed.clear()
+            except OSError as error:
+                self._failed(error)
+                raise
+            await self._finish(self._submit(self._dirty.log.epoch))
+
+    async def _close_journal(self) -> None:
         dirty = self._dirty
+        dirty.urgent.clear()
+        epoch = dirty.log.epoch
+        if await dirty.rotate() != epoch:
+            self._closed.append(epoch)
+        dirty.changed.clear()
+
+    def _submit(self, before: int) -> list[asyncio.Future[None]]:
+        """Everything that the journals before ``before`` tell of."""
+        return [self._writeback.submit(ino, before) for ino in self._dirty.older(before)]
+
+    async def _finish(self, submitted: list[asyncio.Future[None]]) -> None:
+        """Wait until it is committed and cached, and delete the journals and replicas that are not needed any more."""
+        try:
+            await _all(submitted)
+            await self._writeback.kept()
+            await self._retire()
+        except Exception as error:
+            self._failed(error)
+            raise
+        self._failures = 0
+        self.release()
+
+    async def _retire(self) -> None:
+        dirty = self._dirty
+        async with self._retiring:
+            await self._writeback.discard_doubtful()
+            oldest = dirty.oldest()
+            await self._meta.sync()
+            await dirty.log.retire(oldest, dirty.retired(oldest))
+            dirty.deleted(oldest)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        if isinstance(error, OSError):
+            log.error("write-back failed: %s", error)
+            self.release(error)
+        else:
+            log.error("write-back failed", exc_info=error)
+            self.release(OSError(errno.EIO, os.strerror(errno.EIO)))
+        self._dirty.changed.set()
+        self._dirty.urgent.clear()
+
+    async def _run(self) -> None:
         while True:
-            await dirty.changed.wait()
-            delay = self._flush_after * 2**self._failures if self._failures < 8 else _RETRY_MAX
+            if not self._closed:
+                await self._due()
+                try:
+                    await self._close_journal()
+                except OSError as error:
+                    self._failed(error)
+                    continue
+            before = self._closed.popleft() + 1 if self._closed else self._dirty.log.epoch
+            self._start(self._finish(self._submit(before)))
+            await asyncio.shield(self._writeback.drained())
+
+    async def _due(self) -> None:
+        """Returns when a round should begin."""
+        await self._dirty.changed.wait()
+        delay = self._flush_after * 2**self._failures if self._failures < 8 else _RETRY_MAX
+        try:
+            async with asyncio.timeout(min(delay, _RETRY_MAX)):
+                await self._dirty.urgent.wait()
+        except TimeoutError:
+            pass
+
+    async def _watch_size(self) -> None:
+        while True:
+            await self._dirty.swollen.wait()
             try:
-                async with asyncio.timeout(min(delay, _RETRY_MAX)):
-                    await dirty.urgent.wait()
-            except TimeoutError:
-                pass
-            try:
-                await self.flush()
-            except Exception:
-                continue  # it stands in the log, and is tried again after a while
+                await self._close_journal()
+            except OSError as error:
+                log.error("the journal cannot be ended: %s", error)
+
+
+async def _all(work: Iterable[asyncio.Future[None]]) -> None:
+    """Wait until all have ended, then raise the first failure. None of them is cancelled with the caller."""
+    futures = list(work)
+    if futures:
+        await asyncio.wait(futures)
+    for future in futures:
+        future.result()

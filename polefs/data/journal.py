@@ -5,9 +5,9 @@ is acknowledged, so the death of the process loses none; ``fdatasync`` makes the
 carry a CRC-32C seeded with the file's random salt and their position, so whatever else lies in the file (a torn
 record, the records of a former life of a recycled file) ends the replay.
 
-Journals are numbered. A write-back round starts the next one, writes back what the older ones tell of, and deletes
-them. Replaying a journal whose changes have been committed already is harmless: it is replayed whole and in order,
-and each byte, the size and the times end as their last record says, which is what has been committed.
+Journals are numbered. Write-back starts the next one now and then, and deletes the oldest ones when all that they tell
+of is committed. Replaying a journal whose changes have been committed already is harmless: it is replayed whole and in
+order, and each byte, the size and the times end as their last record says, which is what has been committed.
 """
 
 from __future__ import annotations
@@ -59,12 +59,15 @@ class Kind(IntEnum):
     MTIME = 5
     """The modification time was set to ``time`` by the user."""
     SETTLED = 6
-    """Everything before this record has been committed, durably, and may have been changed by other means since."""
+    """What journal ``a`` tells up to position ``b``, and all older ones, has been committed, durably, and may have been
+    changed by other means since."""
     SEGMENT = 7
     """Segment ``a`` is going to be written: its object is garbage unless its commit came about."""
 
 
 class Record(NamedTuple):
+    """``end`` is where it ends in its journal."""
+
     kind: Kind
     ino: int
     a: int
@@ -72,6 +75,7 @@ class Record(NamedTuple):
     generation: int
     time: int
     payload: bytes
+    end: int = 0
 
 
 def journal_name(number: int) -> str:
@@ -110,6 +114,21 @@ class Journal:
         self.end = HEADER_SIZE
         self.synced = 0
         self.failed = False
+
+    @classmethod
+    def reopen(cls, directory: str, number: int) -> Journal:
+        """A journal that another process has left, which from now on survives the loss of power; nothing is appended to
+        it. Blocks."""
+        journal = cls.__new__(cls)
+        journal._fd = -1
+        journal.number = number
+        journal.path = os.path.join(directory, journal_name(number))
+        journal._fd = os.open(journal.path, os.O_RDWR | os.O_CLOEXEC)
+        os.fdatasync(journal._fd)
+        journal._seed = 0
+        journal.end = journal.synced = os.fstat(journal._fd).st_size
+        journal.failed = False
+        return journal
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -171,8 +190,8 @@ def read_journal(path: str, number: int) -> Iterator[Record]:
             payload = read_available(fd, position + _OVERHEAD, length) if length else b""
             if _CHECK.unpack(head[_RECORD.size :])[0] != _crc(_crc(seed, fields), payload):
                 return
-            yield Record(Kind(kind), ino, a, b, generation, time, payload)
             position += _OVERHEAD + length
+            yield Record(Kind(kind), ino, a, b, generation, time, payload, position)
     finally:
         os.close(fd)
 

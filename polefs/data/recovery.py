@@ -5,28 +5,32 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Final
 
-from polefs.data.journal import Kind, Record, journal_name, journal_number, read_journal
+from polefs.data.journal import Journal, Kind, Record, journal_name, journal_number, read_journal
 from polefs.data.ranges import HOLE, Chunk
 from polefs.data.replica import Replica
 from polefs.data.state import FileState, Layer
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import FILE_SIZE_MAX
+from polefs.objects.localio import sync_directory
 
 _PAGE: Final = 256
 
 
 class Recovered:
-    """``states`` by inode number, each with one layer of epoch 0; ``mtimes`` by inode number where the user had set
-    it and nothing was written afterwards; ``segments`` whose objects may have been written."""
+    """``states`` by inode number, each with one layer of epoch 0, which ``journals`` tell of with ``replicas``;
+    ``mtimes`` by inode number where the user had set it and nothing was written afterwards; ``segments`` whose objects
+    may have been written. All of it survives the loss of power."""
 
     def __init__(self) -> None:
+        self.journals: list[Journal] = []
         self.states: dict[int, FileState] = {}
         self.mtimes: dict[int, int] = {}
         self.segments: list[int] = []
+        self.replicas: list[Replica] = []
 
 
 class _Replay:
@@ -34,6 +38,7 @@ class _Replay:
         self._meta = meta
         self._directory = directory
         self._removed: set[int] = set()
+        self.settled: dict[int, tuple[int, int]] = {}
         self._replicas: dict[tuple[int, int], Replica | None] = {}
         self.found = Recovered()
 
@@ -51,14 +56,12 @@ class _Replay:
             state.layers.append(Layer(0, inode.size, inode.ctime))
         return state.layers[0]
 
-    async def apply(self, record: Record) -> None:
-        kind, ino, a, b, generation, time, payload = record
+    async def apply(self, number: int, record: Record) -> None:
+        kind, ino, a, b, generation, time, payload, end = record
         if kind is Kind.SEGMENT:
             self.found.segments.append(a)
             return
-        if kind is Kind.SETTLED:
-            self.found.states.pop(ino, None)
-            self.found.mtimes.pop(ino, None)
+        if kind is Kind.SETTLED or (number, end) <= self.settled.get(ino, (0, 0)):
             return
         layer = await self._layer(ino)
         if layer is None:
@@ -90,7 +93,8 @@ class _Replay:
         key = (ino, generation)
         if key not in self._replicas:
             try:
-                self._replicas[key] = Replica(self._directory, ino, generation, create=False)
+                replica = self._replicas[key] = Replica(self._directory, ino, generation, create=False)
+                self.found.replicas.append(replica)
             except FileNotFoundError:
                 self._replicas[key] = None
         return self._replicas[key]
@@ -102,13 +106,36 @@ async def recover(meta: MetaAPI, directory: str, before: int, threads: Executor)
     loop = asyncio.get_running_loop()
     replay = _Replay(meta, directory)
     names = await loop.run_in_executor(threads, os.listdir, directory)
-    for number in sorted(number for number in map(journal_number, names) if number is not None and number < before):
-        records = read_journal(os.path.join(directory, journal_name(number)), number)
+    numbers = sorted(number for number in map(journal_number, names) if number is not None and number < before)
+    paths = [(number, os.path.join(directory, journal_name(number))) for number in numbers]
+    replay.settled = await loop.run_in_executor(threads, _settled, paths)
+    for number, path in paths:
+        records = read_journal(path, number)
         while page := await loop.run_in_executor(threads, _page, records):
             for record in page:
-                await replay.apply(record)
+                await replay.apply(number, record)
+    await loop.run_in_executor(threads, _secure, directory, numbers, replay.found)
     return replay.found
+
+
+def _settled(journals: Iterable[tuple[int, str]]) -> dict[int, tuple[int, int]]:
+    """Up to where the journals' records of a file are to be passed over, by inode number. Blocks."""
+    found: dict[int, tuple[int, int]] = {}
+    for number, path in journals:
+        for record in read_journal(path, number):
+            if record.kind is Kind.SETTLED:
+                found[record.ino] = record.a, record.b
+    return found
 
 
 def _page(records: Iterator[Record]) -> list[Record]:
     return list(itertools.islice(records, _PAGE))
+
+
+def _secure(directory: str, numbers: Iterable[int], found: Recovered) -> None:
+    """Make what was found survive the loss of power. Blocks."""
+    for replica in found.replicas:
+        os.fdatasync(replica.fd)
+        replica.entry_synced = True
+    found.journals = [Journal.reopen(directory, number) for number in numbers]
+    sync_directory(directory)

@@ -15,8 +15,10 @@ def replica_name(ino: int, generation: int) -> str:
     return f"{ino}.{generation}"
 
 
-def is_replica_name(name: str) -> bool:
-    return _NAME.match(name) is not None
+def replica_generation(name: str) -> int:
+    """The generation in the name of a replica, 0 for any other file."""
+    match = _NAME.match(name)
+    return int(match[2]) if match is not None else 0
 
 
 class Replica:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
@@ -28,15 +29,14 @@ DataPiece = tuple[int, int, Chunk | Replica]
 
 
 class Run(msgspec.Struct):
-    """Contiguous dirty bytes of the file at ``index`` in its batch: one piece of a segment."""
+    """Contiguous dirty bytes of one file, which stand together in a segment."""
 
-    index: int
     start: int
     end: int
     pieces: list[DataPiece]
 
 
-def cut_runs(index: int, pieces: Iterable[DataPiece]) -> Iterator[Run]:
+def cut_runs(pieces: Iterable[DataPiece]) -> Iterator[Run]:
     """The runs of one file: joined where pieces touch, cut where they pass RUN_MAX."""
     run: Run | None = None
     for start, end, source in pieces:
@@ -45,27 +45,12 @@ def cut_runs(index: int, pieces: Iterable[DataPiece]) -> Iterator[Run]:
                 yield run
                 run = None
             if run is None:
-                run = Run(index, start, start, [])
+                run = Run(start, start, [])
             stop = min(end, run.start + RUN_MAX)
             run.pieces.append((start, stop, source))
             run.end = start = stop
     if run is not None:
         yield run
-
-
-def pack(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Group runs, in order, into segments of up to SEGMENT_MAX."""
-    segment: list[Run] = []
-    size = 0
-    for run in runs:
-        length = run.end - run.start
-        if segment and size + length > SEGMENT_MAX:
-            yield segment
-            segment, size = [], 0
-        segment.append(run)
-        size += length
-    if segment:
-        yield segment
 
 
 def load(runs: Sequence[Run], number: int, codec: Codec | None) -> tuple[list[bytes], Segment]:
@@ -149,24 +134,16 @@ class SegmentIds:
         """``taken`` is called with each number that is handed out."""
         self._meta = meta
         self._taken = taken
-        self._free: list[int] = []
+        self._free: deque[int] = deque()
 
-    async def take(self, count: int) -> list[int]:
-        while len(self._free) < count:
-            await self.replenish(count)
+    async def take(self) -> int:
+        while not self._free:
+            first = await self._meta.allocate_segments(_IDS)
             await self._meta.sync()
-        taken, self._free = self._free[:count], self._free[count:]
-        for number in taken:
-            self._taken(number)
-        return taken
-
-    async def replenish(self, count: int = _IDS // 2) -> None:
-        """Reserve more when fewer than ``count`` are left; usable after the next ``MetaAPI.sync``, which the caller
-        does."""
-        if len(self._free) < count:
-            number = max(count, _IDS)
-            first = await self._meta.allocate_segments(number)
-            self._free.extend(range(first, first + number))
+            self._free.extend(range(first, first + _IDS))
+        number = self._free.popleft()
+        self._taken(number)
+        return number
 
 
 async def discard_uncommitted(meta: MetaAPI, segments: Iterable[int]) -> None:

@@ -16,12 +16,14 @@ class Layer:
     """Changes of one file since its last write-back began. It belongs to journal ``epoch``, which tells all of them.
 
     ``size`` is the file's size after them; ``mtime`` is None when they leave the modification time alone; ``ctime``
-    is that of the last one. A ``sealed`` layer changes no more: it is being written back."""
+    is that of the last one, and ``end`` where its record ends in the journal. A ``sealed`` layer changes no more: it is
+    being written back."""
 
-    __slots__ = ("ctime", "epoch", "mtime", "ranges", "replica", "sealed", "size")
+    __slots__ = ("ctime", "end", "epoch", "mtime", "ranges", "replica", "sealed", "size")
 
     def __init__(self, epoch: int, size: int, ctime: int) -> None:
         self.epoch = epoch
+        self.end = 0
         self.size = size
         self.mtime: int | None = None
         self.ctime = ctime
@@ -33,9 +35,10 @@ class Layer:
 class FileState:
     """The layers of one file, oldest first; never empty. ``journal_epoch`` and ``journal_end`` are where the file's
     latest record ends. ``synced_often`` is set by fsync: such a file's small writes go to the journal, which is then
-    all that an fsync has to wait for. ``gone``: the file was removed."""
+    all that an fsync has to wait for. ``committed``: bytes of the oldest layers that are, while they are being written
+    back. ``gone``: the file was removed."""
 
-    __slots__ = ("gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
+    __slots__ = ("committed", "gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
 
     def __init__(self, ino: int) -> None:
         self.ino: Final = ino
@@ -43,6 +46,7 @@ class FileState:
         self.journal_epoch = 0
         self.journal_end = 0
         self.synced_often = False
+        self.committed = 0
         self.gone = False
 
     @property
@@ -52,6 +56,11 @@ class FileState:
     def resolve(self, start: int, end: int, depth: int | None = None) -> list[Piece]:
         """The range through the ``depth`` oldest layers (all)."""
         return resolve([layer.ranges for layer in self.layers[:depth]], start, end)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of contents in all layers."""
+        return sum(layer.ranges.data for layer in self.layers)
 
     def replicas(self) -> list[Replica]:
         return [layer.replica for layer in self.layers if layer.replica is not None]

@@ -1,85 +1,93 @@
-"""Write-back: the sealed layers of many files become objects and one metadata transaction a batch."""
+"""Write-back: the uncommitted layers of files become objects, and then metadata.
+
+Files are submitted and wait in one of two *lanes*: those that somebody waits for (fsync) pass the others by. A few
+workers a lane each take what has gathered there by then, up to a segment, write that object, commit what is in it, and
+settle it: of a big file one segment after the other, of small ones hundreds at once. One plan of a file at a time is
+under way; what is submitted meanwhile follows it. Nothing is lost by a failure: the layers stay, to be submitted again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import islice
 from typing import Final
 
-import msgspec
-
+from polefs.data.budget import MemoryBudget
+from polefs.data.dirty import DirtyFiles
 from polefs.data.frames import Codec
-from polefs.data.ranges import BASE, HOLE, Chunk, Piece
+from polefs.data.plan import Plan, extents_of, make_plan, transactions
 from polefs.data.reader import Reader
-from polefs.data.replica import Replica
 from polefs.data.segments import (
+    RUN_MAX,
+    SEGMENT_MAX,
     DataPiece,
     Run,
     SegmentIds,
-    cut_runs,
     discard_uncommitted,
     load,
-    pack,
     prepare_adoption,
-    whole_replica,
 )
-from polefs.data.state import FileState
 from polefs.meta.api import MetaAPI
-from polefs.meta.model import FILE_SIZE_MAX, INLINE_MAX, DataCommit, Extent, Inode, Segment
-from polefs.objects.base import ObjectStore, segment_key
+from polefs.meta.model import DataCommit, Extent, Segment
+from polefs.objects.base import ObjectStore, is_transient, segment_key
 
 log = logging.getLogger(__name__)
 
-_BATCH_FILES: Final = 32
-_BATCH_BYTES: Final = 16 << 20
-"""A batch is closed when it has this many files or bytes."""
+_WORKERS: Final = 4
+_URGENT_WORKERS: Final = 4
+"""Segments under way at a time, at most; the memory for them may allow fewer."""
 
-_EXTENTS: Final = 128
-"""Extents a metadata transaction: one takes about 10 us of the event loop."""
+_URGENT_SHARE: Final = 4
+"""The part of that memory which is for files that somebody waits for: one in so many."""
 
-_BATCHES: Final = 3
-"""Batches in flight."""
-
-_SEGMENTS: Final = 3
-"""Segments held in memory at a time while they are written."""
-
-ADOPT_MIN: Final = 1 << 20
-"""A file from this size on whose whole contents are in a replica is handed over without copying, bytes."""
+_FILES_LOCAL: Final = 32
+_FILES: Final = 4096
+"""Files whose contents share a segment, at most: in a local directory a small one is soon written."""
 
 
-class Work(msgspec.Struct):
-    """The ``depth`` oldest layers of a file are to be written back."""
+class _Job:
+    """A file that is submitted: waiting in a lane until ``begun``, then with a ``plan``. ``under_way`` counts the
+    workers that have a part of it."""
 
-    state: FileState
-    depth: int
+    __slots__ = ("before", "begun", "done", "error", "ino", "plan", "under_way", "urgent")
 
-
-class _Plan(msgspec.Struct):
-    """How one file is committed: inline, or as pieces that become extents; ``adopt`` is the replica that is the
-    file."""
-
-    work: Work
-    size: int
-    drops: list[tuple[int, int]]
-    inline: bytes | None = None
-    pieces: list[DataPiece] = []
-    adopt: Replica | None = None
-    extents: list[Extent] = []
-    at_once: bool = False
-    """The commit must not be divided: what is inline now is among its extents."""
+    def __init__(self, ino: int, before: int | None, urgent: bool) -> None:
+        self.ino = ino
+        self.before = before
+        self.urgent = urgent
+        self.begun = False
+        self.plan: Plan | None = None
+        self.under_way = 0
+        self.error: BaseException | None = None
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
-    def bytes(self) -> int:
-        return 0 if self.adopt else sum(end - start for start, end, _ in self.pieces)
+    def planned(self) -> Plan:
+        assert self.plan is not None
+        return self.plan
+
+    def join(self, before: int | None) -> None:
+        if before is None or self.before is None:
+            self.before = None
+        else:
+            self.before = max(self.before, before)
+
+
+class _Lane:
+    def __init__(self, workers: int, memory: MemoryBudget) -> None:
+        self.jobs: deque[_Job] = deque()
+        self.workers = workers
+        self.running = 0
+        self.memory = memory
 
 
 class WriteBack:
-    """``changing(commits)`` encloses each change of the metadata, ``settled(state, depth)`` is called in the loop turn
-    in which a file's last commit returns, ``keep`` then gets the pieces that are its contents now, as ``(ino, pieces,
-    size)``, and ``taken(segment)`` is called before a segment's object is written."""
+    """Used from one event loop. A file that fails stays as it is, the others go on."""
 
     def __init__(
         self,
@@ -88,221 +96,366 @@ class WriteBack:
         codec: Codec | None,
         reader: Reader,
         threads: Executor,
+        memory: MemoryBudget,
+        dirty: DirtyFiles,
         changing: Callable[[Sequence[DataCommit]], AbstractAsyncContextManager[None]],
-        settled: Callable[[FileState, int], None],
         keep: Callable[[Sequence[tuple[int, Sequence[DataPiece], int]]], Awaitable[None]] | None,
-        taken: Callable[[int], None],
     ) -> None:
+        """``memory``: for what is being written. ``changing(commits)`` encloses each change of the metadata; ``keep``
+        gets the pieces that are the contents of files now, as ``(ino, pieces, size)``."""
         self._meta = meta
         self._objects = objects
         self._codec = codec
         self._reader = reader
         self._threads = threads
+        self._dirty = dirty
         self._changing = changing
-        self._settled = settled
         self._keep = keep
+        self._normal = _Lane(_WORKERS, memory.share(memory.limit - memory.limit // _URGENT_SHARE))
+        self._urgent = _Lane(_URGENT_WORKERS, memory)
+        self._files = _FILES_LOCAL if codec is None else _FILES
+        self._jobs: dict[int, _Job] = {}
+        """One a file: waiting, under way, or only holding the place (``holding``)."""
+        self._following: dict[int, _Job] = {}
+        self._workers: set[asyncio.Task[None]] = set()
+        self._keeping: set[asyncio.Future[None]] = set()
+        self._stopped = False
+        self._drained: asyncio.Future[None] | None = None
+        self._committing: dict[int, list[DataCommit]] = {}
         self.doubtful: list[int] = []
         """Segments that were written while it is not known whether they were committed."""
-        self._committing: dict[int, DataCommit] = {}
-        self._slots = asyncio.Semaphore(_SEGMENTS)
-        self.ids = SegmentIds(meta, taken)
+        self.ids = SegmentIds(meta, dirty.note_segment)
 
-    async def commit(self, works: Iterable[Work]) -> None:
-        """Write back all of these; not called again before it has returned. A file that fails stays as it is, the
-        others go on; the first failure is raised at the end (OSError)."""
-        await discard_uncommitted(self._meta, self.doubtful)
-        self.doubtful.clear()
-        running: set[asyncio.Task[None]] = set()
-        errors: list[BaseException] = []
+    def submit(self, ino: int, before: int | None, *, urgent: bool = False) -> asyncio.Future[None]:
+        """Write back the layers of a file that belong to journals before ``before`` (None: all that it has when it is
+        its turn). The future ends when they are committed, or fails with what prevents it; many may await it: never
+        cancel it, shield it."""
+        job = self._following.get(ino) or self._jobs.get(ino)
+        if job is not None and not job.begun:
+            job.join(before)
+        else:
+            current, job = job, _Job(ino, before, urgent)
+            if current is None:
+                self._jobs[ino] = job
+                self._enter(job)
+            else:
+                self._following[ino] = job
+                if urgent:
+                    self._promote(current)
+        if urgent:
+            self._promote(job)
+        return job.done
 
-        async def reap(limit: int) -> None:
-            nonlocal running
-            while len(running) > limit:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                errors.extend(error for task in done if (error := task.exception()) is not None)
+    @asynccontextmanager
+    async def holding(self, inos: Iterable[int]) -> AsyncIterator[None]:
+        """Nothing of these files is under way within the block; what is submitted follows it."""
+        held: list[_Job] = []
+        try:
+            for ino in sorted({*inos}):
+                while ino in self._jobs:
+                    await asyncio.wait([self._jobs[ino].done])
+                job = self._jobs[ino] = _Job(ino, None, urgent=False)
+                job.begun = True
+                held.append(job)
+            yield
+        finally:
+            for job in held:
+                self._end(job)
 
-        batch: list[_Plan] = []
-        size = 0
-        for work in works:
-            try:
-                plan = await self._plan(work)
-            except OSError as error:
-                errors.append(error)
-                continue
-            if plan is None:
-                continue
-            if batch and (len(batch) == _BATCH_FILES or size + plan.bytes > _BATCH_BYTES):
-                await reap(_BATCHES - 1)
-                running.add(asyncio.create_task(self._write(batch)))
-                batch, size = [], 0
-                await asyncio.sleep(0)  # requests come first: planning a batch takes a millisecond
-            batch.append(plan)
-            size += plan.bytes
-        if batch:
-            running.add(asyncio.create_task(self._write(batch)))
-        await reap(0)
-        if errors:
-            for other in errors[1:]:
-                log.error("write-back: %s", other)
-            raise errors[0]
+    def drained(self) -> asyncio.Future[None]:
+        """Ends when everything that was submitted is under way or done. Shield it."""
+        if self._drained is None or self._drained.done():
+            self._drained = asyncio.get_running_loop().create_future()
+            self._tell_drained()
+        return self._drained
 
     def leave_mtime(self, ino: int) -> None:
-        """A commit of this file that is waiting for its transaction leaves the modification time alone."""
-        commit = self._committing.get(ino)
-        if commit is not None:
+        """Commits of this file that wait for their transaction leave the modification time alone."""
+        for commit in self._committing.get(ino, ()):
             commit.mtime = None
 
-    async def _plan(self, work: Work) -> _Plan | None:
-        state = work.state
+    async def discard_doubtful(self) -> None:
+        """Let the objects of segments that have not been committed be deleted as any dead segment's."""
+        doubtful, self.doubtful = self.doubtful, []
+        try:
+            await discard_uncommitted(self._meta, doubtful)
+        except BaseException:
+            self.doubtful += doubtful
+            raise
+
+    async def stop(self) -> None:
+        """Give up what is under way. Nothing may be submitted any more."""
+        self._stopped = True
+        while self._workers:
+            for task in self._workers:
+                task.cancel()
+            await asyncio.wait(self._workers)
+        await self.kept()
+
+    async def kept(self) -> None:
+        """Returns when what has been committed is cached."""
+        if self._keeping:
+            await asyncio.wait(self._keeping)
+
+    async def idle(self) -> None:
+        """Returns when nothing is under way any more."""
+        while self._workers:
+            await asyncio.wait(self._workers)
+
+    # Jobs and lanes
+
+    def _enter(self, job: _Job) -> None:
+        lane = self._urgent if job.urgent else self._normal
+        lane.jobs.append(job)
+        self._wake(lane)
+
+    def _promote(self, job: _Job) -> None:
+        if not job.urgent:
+            job.urgent = True
+            if job in self._normal.jobs:
+                self._normal.jobs.remove(job)
+                self._urgent.jobs.append(job)
+                self._wake(self._urgent)
+                self._tell_drained()
+
+    def _put_back(self, job: _Job) -> None:
+        """More of it is to be stored."""
+        lane = self._urgent if job.urgent else self._normal
+        lane.jobs.appendleft(job)
+        self._wake(lane)
+
+    def _wake(self, lane: _Lane) -> None:
+        while lane.running < min(lane.workers, lane.running + len(lane.jobs)) and not self._stopped:
+            lane.running += 1
+            task = asyncio.get_running_loop().create_task(self._work(lane))
+            self._workers.add(task)
+            task.add_done_callback(self._workers.discard)
+            if lane.running >= len(lane.jobs):
+                break
+
+    def _end(self, job: _Job) -> None:
+        """It is done, or has failed."""
+        following = self._following.pop(job.ino, None)
+        if following is None:
+            del self._jobs[job.ino]
+        else:
+            self._jobs[job.ino] = following
+            self._enter(following)
+        if job.error is None:
+            job.done.set_result(None)
+        elif isinstance(job.error, asyncio.CancelledError):
+            job.done.cancel()
+        else:
+            job.done.set_exception(job.error)
+            job.done.exception()  # whoever submitted it may be gone
+        self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if self._drained is not None and not self._drained.done() and not (self._normal.jobs or self._urgent.jobs):
+            self._drained.set_result(None)
+
+    # Work
+
+    async def _work(self, lane: _Lane) -> None:
+        try:
+            while lane.jobs:
+                taken = await lane.memory.take(self._wanted(lane))
+                try:
+                    done = await self._work_once(lane, max(taken, RUN_MAX))
+                finally:
+                    lane.memory.give(taken)
+                await self._keep_contents([plan for plan in done if plan.pieces])
+        finally:
+            lane.running -= 1
+
+    async def _keep_contents(self, done: Sequence[Plan]) -> None:
+        if self._keep is not None and done:
+            contents = [(plan.state.ino, plan.pieces, plan.size) for plan in done]
+            task = asyncio.ensure_future(self._keep(contents))
+            self._keeping.add(task)
+            task.add_done_callback(self._keeping.discard)
+            await asyncio.shield(task)
+
+    def _wanted(self, lane: _Lane) -> int:
+        """Memory for what waits in a lane, up to a segment of it."""
+        size = 0
+        for job in islice(lane.jobs, self._files):
+            state = self._dirty.find(job.ino)
+            size += state.bytes if state is not None else 0
+            if size >= SEGMENT_MAX:
+                return SEGMENT_MAX
+        return size
+
+    async def _work_once(self, lane: _Lane, room: int) -> list[Plan]:
+        """Store up to ``room`` bytes of what waits in the lane; returns the plans that are done by that."""
+        taken: list[tuple[_Job, list[Run]]] = []
+        numbers: list[int] = []
+        error: BaseException | None = None
+        try:
+            await self._gather(lane, room, taken)
+            self._tell_drained()
+            if taken and taken[0][0].planned.whole:
+                await self._store_whole(taken[0][0], numbers)
+            elif taken and taken[0][0].planned.adopt is not None:
+                await self._adopt(taken[0][0], numbers)
+            else:
+                await self._store(taken, numbers)
+        except BaseException as failure:
+            error = failure
+            self.doubtful += numbers
+            if not isinstance(failure, Exception):
+                raise
+        finally:
+            done = [job.planned for job, _ in taken if self._conclude(job, error)]
+        return done
+
+    def _conclude(self, job: _Job, error: BaseException | None) -> bool:
+        """A worker has ended with its part of a job. Whether all of it is committed."""
+        job.under_way -= 1
+        job.error = job.error or error
+        plan = job.planned
+        if job.error is not None and plan.runs:
+            plan.runs.clear()
+            for lane in (self._normal, self._urgent):
+                if job in lane.jobs:
+                    lane.jobs.remove(job)
+        if job.under_way or plan.runs:
+            return False
+        if job.error is None:
+            self._dirty.settle(plan.state, plan.depth)
+        else:
+            self._dirty.burden(plan.state)
+        self._end(job)
+        return job.error is None
+
+    async def _gather(self, lane: _Lane, room: int, taken: list[tuple[_Job, list[Run]]]) -> None:
+        """Take from the lane what goes into one segment, or one file that goes a way of its own."""
+        while lane.jobs and len(taken) < self._files:
+            job = lane.jobs.popleft()
+            if not job.begun:
+                job.begun = True
+                try:
+                    job.plan = await self._plan(job)
+                except Exception as error:
+                    job.error = error
+                if job.plan is None:
+                    self._end(job)
+                    continue
+            plan = job.planned
+            alone = plan.whole or plan.adopt is not None
+            runs = [] if alone else plan.take(room)
+            if taken and (alone or (plan.runs and not runs)):
+                self._put_back(job)
+                return
+            job.under_way += 1
+            taken.append((job, runs))
+            if alone:
+                return
+            if plan.runs:
+                plan.divided = True
+                self._put_back(job)
+                return
+            room -= sum(run.end - run.start for run in runs)
+            if len(taken) % _FILES_LOCAL == 0:
+                await asyncio.sleep(0)  # requests come first: planning so many takes a millisecond
+
+    async def _plan(self, job: _Job) -> Plan | None:
+        """None when there is nothing to do."""
+        depth = self._dirty.seal(job.ino, job.before)
+        state = self._dirty.find(job.ino)
+        if not depth or state is None:
+            return None
+        try:
+            inode = await self._meta.get_inode(job.ino)
+        except FileNotFoundError:
+            self._dirty.settle(state, depth)
+            return None
         if state.gone:
             return None
-        try:
-            inode = await self._meta.get_inode(state.ino)
-        except FileNotFoundError:
-            self._settled(state, work.depth)
-            return None
-        size = state.layers[work.depth - 1].size
-        if size <= INLINE_MAX:
-            return await self._plan_small(work, inode, size)
-        plan = _Plan(work, size, [])
-        stored = inode.allocated > 0 or inode.inline is not None
-        for start, end, source in state.resolve(0, FILE_SIZE_MAX, work.depth):
-            if isinstance(source, Chunk | Replica):
-                plan.pieces.append((start, end, source))
-            elif source is HOLE:
-                if stored:
-                    plan.drops.append((start, end))
-            elif inode.inline is not None and start < len(inode.inline):
-                # Too large to be inline from now on: what was is carried over.
-                stop = min(end, len(inode.inline))
-                plan.pieces.append((start, stop, Chunk(0, inode.inline)))
-                plan.at_once = True
-        if inode.inline is not None and all(_is_of(source, inode.inline) for _, _, source in plan.pieces):
-            plan.pieces = []  # nothing is added: it may stay inline
-        if size >= ADOPT_MIN:
-            plan.adopt = whole_replica(plan.pieces, size)
-        return plan
+        return await make_plan(state, depth, inode, self._reader, adopting=self._codec is None)
 
-    async def _plan_small(self, work: Work, inode: Inode, size: int) -> _Plan:
-        pieces: list[Piece] = work.state.resolve(0, size, work.depth) if size else []
-        kept = inode.size > 0 and inode.allocated > 0 and any(source is BASE for _, _, source in pieces)
-        if not kept and not any(isinstance(source, Chunk | Replica) for _, _, source in pieces):
-            return _Plan(work, size, [(0, FILE_SIZE_MAX)] if inode.allocated or inode.inline is not None else [])
-        parts = await self._reader.pieces(inode, pieces)
-        return _Plan(work, size, [], inline=b"".join(parts))
+    # Storing and committing
 
-    async def _write(self, batch: list[_Plan]) -> None:
-        segments: list[Segment] = []
-        try:
-            await _gather([self._adopt(plan, segments) for plan in batch if plan.adopt is not None])
-            runs: list[Run] = []
-            for index, plan in enumerate(batch):
-                if not plan.extents:
-                    runs.extend(cut_runs(index, plan.pieces))
-            packed = list(pack(runs))
-            ids = await self.ids.take(len(packed))
-            await _gather(
-                [self._write_segment(number, group, segments) for number, group in zip(ids, packed, strict=True)]
-            )
-            for number, group in zip(ids, packed, strict=True):
-                _add_extents(batch, group, number)
-            for some, commits in _transactions(batch, {segment.id: segment for segment in segments}):
-                await self._commit(some, commits)
-        except BaseException:
-            self.doubtful.extend(segment.id for segment in segments)
-            raise
-        for plan in batch:
-            self._settled(plan.work.state, plan.work.depth)
-        if self._keep is not None:
-            await self._keep([(plan.work.state.ino, plan.pieces, plan.size) for plan in batch if plan.extents])
+    # The numbers of segments that are begun are added to ``numbers``.
 
-    async def _commit(self, segments: list[Segment], commits: list[DataCommit]) -> None:
-        self._committing.update((commit.ino, commit) for commit in commits)
-        try:
-            async with self._changing(commits):
-                await self._meta.commit_data(segments, commits)
-        finally:
-            for commit in commits:
-                del self._committing[commit.ino]
+    async def _store(self, taken: Sequence[tuple[_Job, list[Run]]], numbers: list[int]) -> None:
+        """One segment with these runs, and the commit of it."""
+        runs = [run for _, some in taken for run in some]
+        segments: dict[int, Segment] = {}
+        number = 0
+        if runs:
+            number = await self.ids.take()
+            numbers.append(number)
+            segments[number] = await self._put(number, runs)
+        parts: list[tuple[Plan, list[Extent]]] = []
+        offset = 0
+        for job, some in taken:
+            parts.append((job.planned, extents_of(some, number, offset)))
+            offset += sum(run.end - run.start for run in some)
+        await self._commit(parts, segments)
 
-    async def _write_segment(self, number: int, runs: Sequence[Run], written: list[Segment]) -> None:
-        async with self._slots:
-            loop = asyncio.get_running_loop()
-            parts, segment = await loop.run_in_executor(self._threads, load, runs, number, self._codec)
-            await self._objects.put(segment_key(number), parts)
-        written.append(segment)
+    async def _store_whole(self, job: _Job, numbers: list[int]) -> None:
+        """Segments with all of a file, and one commit."""
+        plan = job.planned
+        segments: dict[int, Segment] = {}
+        extents: list[Extent] = []
+        while plan.runs:
+            runs = plan.take(SEGMENT_MAX)
+            number = await self.ids.take()
+            numbers.append(number)
+            segments[number] = await self._put(number, runs)
+            extents += extents_of(runs, number, 0)
+        await self._commit([(plan, extents)], segments)
 
-    async def _adopt(self, plan: _Plan, written: list[Segment]) -> None:
-        """Give the store the replica itself; where that cannot be, the contents are packed like others."""
+    async def _adopt(self, job: _Job, numbers: list[int]) -> None:
+        """Give the store the local file itself; where that cannot be, the contents are stored like others."""
+        plan = job.planned
         replica = plan.adopt
         assert replica is not None
-        async with self._slots:
-            loop = asyncio.get_running_loop()
-            frames = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
-            if frames is None:
-                return
-            (number,) = await self.ids.take(1)
+        loop = asyncio.get_running_loop()
+        frames = await loop.run_in_executor(self._threads, prepare_adoption, replica, plan.pieces, plan.size)
+        if frames is not None:
+            number = await self.ids.take()
+            numbers.append(number)
             if await self._objects.adopt(segment_key(number), replica.path):
-                plan.extents = [Extent(0, plan.size, number, 0)]
-                written.append(Segment(number, plan.size, frames))
+                plan.runs.clear()
+                extents = [Extent(0, plan.size, number, 0)]
+                await self._commit([(plan, extents)], {number: Segment(number, plan.size, frames)})
+                return
+        plan.adopt = None
+        self._put_back(job)
 
+    async def _put(self, number: int, runs: Sequence[Run]) -> Segment:
+        """Write the object of a segment. A store that is out of reach is waited for."""
+        loop = asyncio.get_running_loop()
+        parts, segment = await loop.run_in_executor(self._threads, load, runs, number, self._codec)
+        while True:
+            try:
+                await self._objects.put(segment_key(number), parts)
+            except OSError as error:
+                if not is_transient(error):
+                    raise
+                log.warning("segment %d is not stored yet: %s", number, error)
+            else:
+                return segment
 
-async def _gather(work: Sequence[Coroutine[None, None, None]]) -> None:
-    """Run all to their ends, then raise the first failure."""
-    for result in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+    async def _commit(self, parts: Sequence[tuple[Plan, list[Extent]]], segments: dict[int, Segment]) -> None:
+        for some, commits in transactions(parts, segments):
+            for plan, commit in commits:
+                self._committing.setdefault(plan.state.ino, []).append(commit)
+            try:
+                data = [commit for _, commit in commits]
+                async with self._changing(data):
+                    await self._meta.commit_data(some, data)
+            finally:
+                for plan, commit in commits:
+                    self._committed(plan.state.ino, commit)
+            for plan, commit in commits:
+                if plan.divided:
+                    self._dirty.relieve(plan.state, sum(extent.length for extent in commit.extents))
 
-
-def _is_of(source: Chunk | Replica, data: bytes) -> bool:
-    return isinstance(source, Chunk) and source.data is data
-
-
-def _add_extents(batch: Sequence[_Plan], runs: Sequence[Run], segment: int) -> None:
-    offset = 0
-    for run in runs:
-        extents = batch[run.index].extents
-        length = run.end - run.start
-        last = extents[-1] if extents else None
-        if last is not None and last.segment == segment and last.end == run.start:
-            extents[-1] = Extent(last.offset, last.length + length, segment, last.segment_offset)
-        else:
-            extents.append(Extent(run.start, length, segment, offset))
-        offset += length
-
-
-def _transactions(
-    batch: Iterable[_Plan], segments: dict[int, Segment]
-) -> Iterator[tuple[list[Segment], list[DataCommit]]]:
-    """The commits of a batch in transactions of about ``_EXTENTS`` extents. A file may be committed in several: its
-    layers stay above them until the last. A segment goes with the first extent that refers to it; without one it
-    would be dead."""
-    left = dict(segments)
-    commits: list[DataCommit] = []
-    used: list[Segment] = []
-    count = 0
-    for plan in batch:
-        first = 0
-        while not plan.work.state.gone:
-            stop = len(plan.extents) if plan.at_once else min(len(plan.extents), first + _EXTENTS - count)
-            part = plan.extents[first:stop]
-            commits.append(_data_commit(plan, part, plan.drops if first == 0 else []))
-            used += [left.pop(number) for number in {extent.segment for extent in part} if number in left]
-            count += len(part)
-            first = stop
-            if count >= _EXTENTS:
-                yield used, commits
-                commits, used, count = [], [], 0
-            if first >= len(plan.extents):
-                break
-    if commits or left:
-        yield [*used, *left.values()], commits
-
-
-def _data_commit(plan: _Plan, extents: list[Extent], drops: list[tuple[int, int]]) -> DataCommit:
-    # The time is read as late as this: the user may have set it while the contents were being written.
-    mtime = None
-    for layer in plan.work.state.layers[: plan.work.depth]:
-        if layer.mtime is not None:
-            mtime = layer.mtime
-    return DataCommit(plan.work.state.ino, plan.size, mtime, drops, extents, plan.inline)
+    def _committed(self, ino: int, commit: DataCommit) -> None:
+        commits = self._committing[ino]
+        commits.remove(commit)
+        if not commits:
+            del self._committing[ino]

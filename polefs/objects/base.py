@@ -12,6 +12,18 @@ from typing import Protocol
 import msgspec
 
 
+class StoreError(OSError):
+    """``transient``: the store is out of reach, or cannot serve now; the same request may succeed later."""
+
+    def __init__(self, number: int, text: str, *, transient: bool = False) -> None:
+        super().__init__(number, " ".join(text.split()))
+        self.transient = transient
+
+
+def is_transient(error: BaseException) -> bool:
+    return isinstance(error, StoreError) and error.transient
+
+
 class ObjectInfo(msgspec.Struct, frozen=True):
     key: str
     size: int

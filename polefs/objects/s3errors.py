@@ -13,7 +13,10 @@ import aiohttp
 import botocore.exceptions as boto
 import msgspec
 
+from polefs.objects.base import StoreError, is_transient
 from polefs.objects.s3fetch import BrokenAnswer, ConnectError
+
+__all__ = ["StoreError", "is_transient"]
 
 _KEYS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws/credentials"
 
@@ -68,14 +71,6 @@ _TRANSIENT_CODES: Final = frozenset(
 _TRANSIENT_STATUSES: Final = frozenset([408, 409, 425, 429, 500, 502, 503, 504])
 
 
-class StoreError(OSError):
-    """``transient``: the same request may succeed a little later."""
-
-    def __init__(self, number: int, text: str, *, transient: bool = False) -> None:
-        super().__init__(number, " ".join(text.split()))
-        self.transient = transient
-
-
 class Answer(msgspec.Struct, frozen=True):
     """An answer that is no success."""
 
@@ -92,10 +87,6 @@ class AnswerError(Exception):
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer.status, answer.code)
         self.answer = answer
-
-
-def is_transient(error: BaseException) -> bool:
-    return isinstance(error, StoreError) and error.transient
 
 
 def explain(error: Exception, url: str) -> OSError:

@@ -113,9 +113,8 @@ class Volume:
             dying.countdown, dying.permanent, dying.error = 0, True, Crash()
             dying.methods = {"commit_data", "sync", "clone_range", "allocate_segments", "put", "adopt", "delete"}
             dying.methods |= {"dead_segments", "forget_segments"}
-        await self.files._flusher.stop()
+        await self.files._flusher.abandon()
         await self.files._reclaimer.stop()
-        await asyncio.gather(*self.files._flusher._working, return_exceptions=True)
         if self.files.cached is not None:
             await self.files.cached.close(clean=False)
         self.files._threads.shutdown()

@@ -587,16 +587,16 @@ def test_writes_wait_for_room_and_get_the_error_that_prevents_it(tmp_path: Path)
     use(tmp_path, work, limits, flush_after=0.01)
 
 
-def test_write_back_happens_by_itself(tmp_path: Path) -> None:
+def test_write_back_happens_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(volume: Volume) -> None:
         committed = asyncio.Event()
-        settled = volume.files._writeback._settled
+        settle = volume.files._dirty.settle
 
         def note(state: FileState, depth: int) -> None:
-            settled(state, depth)
+            settle(state, depth)
             committed.set()
 
-        volume.files._writeback._settled = note
+        monkeypatch.setattr(volume.files._dirty, "settle", note)
         volume.files.start()
         ino = await volume.make(b"f")
         await volume.write(ino, 0, b"x")

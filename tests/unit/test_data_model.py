@@ -302,7 +302,7 @@ class CachedModel(DataModel):
     def lose_cache(self, lost: str) -> None:
         path = Path(self.directory) / lost
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # the cache may be adding to it
         elif path.exists():
             path.unlink()
         self.check_all()

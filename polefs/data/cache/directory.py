@@ -266,23 +266,22 @@ class CacheDirectory:
             if os.fstat(file.fd).st_size != size:
                 os.ftruncate(file.fd, size)
 
-    def keep(self, files: Iterable[tuple[int, Sequence[DataPiece], int, bool]]) -> tuple[int, int]:
-        """Make valid the blocks that lie within these pieces of contents: ``(ino, pieces, size, may_link)`` of many
-        files, the pieces in order. Returns as ``fill`` does. ``may_link``: a replica that holds the whole file becomes
-        the cache file by a hard link, in place of what is there. While it still has its own name a journal tells of it,
-        and nothing of it is changed: see ``invalidate``."""
+    def keep(self, files: Iterable[tuple[int, OpenFile | None, Sequence[DataPiece], int]]) -> tuple[int, int]:
+        """Make valid the blocks that lie within these pieces of contents: ``(ino, cache file, pieces, size)`` of many
+        files, the pieces in order. Returns as ``fill`` does. Where the cache file is not open, a replica that holds the
+        whole file becomes it by a hard link, in place of what is there. While it still has its own name a journal tells
+        of it, and nothing of it is changed: see ``invalidate``."""
         grown = 0
-        for ino, pieces, size, may_link in files:
-            replica = whole_replica(pieces, size) if may_link else None
+        for ino, file, pieces, size in files:
+            replica = whole_replica(pieces, size) if file is None else None
             if replica is not None and self._link(ino, replica, pieces, size):
                 grown += os.fstat(replica.fd).st_blocks * 512
             else:
-                grown += self._copy(ino, pieces, size)
+                grown += self._copy(file or self.create(ino), pieces, size)
         return grown, self.free()
 
-    def _copy(self, ino: int, pieces: Sequence[DataPiece], size: int) -> int:
+    def _copy(self, file: OpenFile, pieces: Sequence[DataPiece], size: int) -> int:
         grown = 0
-        file = self.create(ino)
         for start, end, run in block_runs(pieces, size):
             for low in range(start, end, _STEP):
                 high = min(low + _STEP, end)
@@ -328,8 +327,8 @@ class CacheDirectory:
     def invalidate(self, changes: Iterable[tuple[int, Sequence[Range]]]) -> tuple[int, list[int]]:
         """Make holes of ranges of whole blocks: ``(ino, ranges)`` of many files, with or without a cache file. One that
         is a replica still, or whose holes cannot be made, is removed instead. Returns the bytes that this has freed,
-        and the inodes whose cache files were removed. OSError when that fails: what they hold must then not come to be
-        wrong."""
+        and the inodes that have no cache file (any more): one that is open is not theirs. OSError when that fails: what
+        they hold must then not come to be wrong."""
         freed = 0
         removed = []
         for ino, ranges in changes:
@@ -337,6 +336,7 @@ class CacheDirectory:
             try:
                 file = OpenFile(path, os.O_RDWR)
             except FileNotFoundError:
+                removed.append(ino)
                 continue
             if os.fstat(file.fd).st_nlink == 1:
                 try:

@@ -314,7 +314,7 @@ class ContentCache(Generic[R]):
                     file.unload()
                 work.append((file, file.generation, pieces, size))
         try:
-            wanted = [(file.ino, pieces, size, file.handle is None) for file, _, pieces, size in work]
+            wanted = [(file.ino, file.handle, pieces, size) for file, _, pieces, size in work]
             grown, free = await _to_its_end(self._run(self._directory.keep, wanted))
         except OSError as error:
             self._pause(error)
@@ -364,7 +364,7 @@ class ContentCache(Generic[R]):
             freed, removed = await _to_its_end(self._run(self._directory.invalidate, list(blocks.items())))
             self.bytes -= freed
             for file in files:
-                if file.ino in removed:
+                if file.ino in removed and file.handle is not None:
                     file.unload()
             yield
         finally:
