@@ -79,13 +79,16 @@ class FileStore:
         codec: Codec | None = None,
         budget: MemoryBudget | None = None,
         cache: tuple[CacheDirectory, CacheLimits] | None = None,
+        sync_to_store: bool = False,
     ) -> None:
         """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
         None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
-        way. ``cache``: where contents that come in frames are kept; it is closed with this."""
+        way. ``cache``: where contents that come in frames are kept; it is closed with this. ``sync_to_store``: what
+        is synced is in the object store and committed, not only on this machine's disk."""
         self._meta = meta
         self._directory = os.path.abspath(directory)
         self._flush_after = flush_after
+        self._sync_to_store = sync_to_store
         self._threads = ThreadPoolExecutor(threads, "data")
         self._extents = ExtentCache(meta)
         self.budget = budget or MemoryBudget(_MEMORY)
@@ -322,6 +325,9 @@ class FileStore:
     async def sync(self, ino: int, datasync: bool = False) -> None:
         """fsync(2), or fdatasync(2), which is the same here: everything acknowledged before survives the loss of
         power."""
+        if self._sync_to_store and not self._log.failed:
+            await self._sync_in_store(ino)
+            return
         state = self._find(ino)
         if state is not None:
             state.synced_often = True
@@ -336,6 +342,14 @@ class FileStore:
             await synced
             return
         await self._meta.sync()
+
+    async def _sync_in_store(self, ino: int) -> None:
+        await self._flusher.flush_files([ino])
+        await self._meta.sync()
+        if self._dirty.told_by_journal(ino):
+            # Half of what the journals tell, after a loss of power, would undo what has been committed.
+            self._dirty.forget_journal(ino)
+            await asyncio.shield(self._log.sync(()))
 
     def forget(self, ino: int) -> None:
         """The file is removed for good: nothing of it is written back."""

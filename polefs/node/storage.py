@@ -67,7 +67,8 @@ async def open_storage(
         store.shutdown()
         raise
     meta = MetaService(store)
-    files = FileStore(meta, objects, volume.local, codec=codec, cache=cache)
+    to_store = volume.info.contents.durability == "s3"
+    files = FileStore(meta, objects, volume.local, codec=codec, cache=cache, sync_to_store=to_store)
     try:
         await meta.start()
         await files.recover()

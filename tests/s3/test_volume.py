@@ -87,6 +87,23 @@ def test_everything_comes_back_from_the_bucket(make_volume: MakeVolume, coding: 
             assert b"island" not in body
 
 
+def test_what_was_synced_is_in_the_bucket(make_volume: MakeVolume) -> None:
+    """Not only on this machine: the daemon is killed, and its journal and replicas are lost."""
+    volume = make_volume()
+    volume.start()
+    contents = {name: os.urandom(size) for name, size in (("tiny", 100), ("small", 30_000), ("big", 3_000_000))}
+    for name, data in contents.items():
+        with open(volume.root / name, "wb") as file:
+            for part in (data[:50], data[50:]):
+                file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+    volume.kill()
+    volume.lose_local()
+    volume.start()
+    assert read_all(volume.root) == contents
+
+
 def test_the_key_of_an_encrypted_volume(make_volume: MakeVolume) -> None:
     volume = make_volume("--encrypt")
     text = (volume.path / "volume.json").read_text()

@@ -473,6 +473,25 @@ def test_sync_of_a_committed_file_makes_durable_what_the_journal_tells_of_it(
     use(tmp_path, work)
 
 
+def test_sync_to_the_store_ends_what_the_journal_tells(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        volume.files._sync_to_store = True
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"a" * 200_000)
+        await volume.write(ino, 100, b"b" * 100)
+        await volume.files.sync(ino)
+        assert (await volume.meta.get_inode(ino)).allocated == 200_000
+        journal = volume.files._log.current
+        assert journal.synced == journal.end
+        await volume.write(ino, 150, b"c" * 100)
+        await volume.crash()
+        assert await volume.read(ino) == b"a" * 100 + b"b" * 50 + b"c" * 100 + b"a" * 199_750
+        # Only what came after it was written back once more.
+        assert sorted(path.stat().st_size for path in volume.object_paths()) == [100, 200_000]
+
+    use(tmp_path, work)
+
+
 def test_failed_rounds_do_not_gather_empty_journals(tmp_path: Path) -> None:
     async def work(volume: Volume) -> None:
         ino = await volume.make(b"f")
