@@ -51,8 +51,10 @@ class Flusher:
             await asyncio.wait([task])
 
     async def finish(self) -> None:
-        """Write back everything; nothing is under way any more afterwards, also after a failure."""
+        """Write back everything; nothing is under way any more afterwards, also after a failure, which a store that is
+        out of reach now is as well."""
         await self.stop()
+        self._writeback.impatient = True
         try:
             await self.flush()
         finally:

@@ -120,6 +120,8 @@ class WriteBack:
         self._workers: set[asyncio.Task[None]] = set()
         self._keeping: set[asyncio.Future[None]] = set()
         self._stopped = False
+        self.impatient = False
+        """A store that stays out of reach for the time of one attempt is a failure."""
         self._drained: asyncio.Future[None] | None = None
         self._committing: dict[int, list[DataCommit]] = {}
         self.doubtful: list[int] = []
@@ -426,14 +428,14 @@ class WriteBack:
         self._put_back(job)
 
     async def _put(self, number: int, runs: Sequence[Run]) -> Segment:
-        """Write the object of a segment. A store that is out of reach is waited for."""
+        """Write the object of a segment. A store that is out of reach is waited for, unless ``impatient``."""
         loop = asyncio.get_running_loop()
         parts, segment = await loop.run_in_executor(self._threads, load, runs, number, self._codec)
         while True:
             try:
                 await self._objects.put(segment_key(number), parts)
             except OSError as error:
-                if not is_transient(error):
+                if self.impatient or not is_transient(error):
                     raise
                 log.warning("segment %d is not stored yet: %s", number, error)
             else:

@@ -20,6 +20,7 @@ from polefs.data.state import FileState
 from polefs.meta.check import check
 from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, SetAttr
 from polefs.meta.store.sqlite import SqliteStore
+from polefs.objects.base import StoreError
 from tests.unit.data_helpers import Crash, Volume, ticks
 
 MIB = 1 << 20
@@ -488,6 +489,29 @@ def test_sync_to_the_store_ends_what_the_journal_tells(tmp_path: Path) -> None:
         assert await volume.read(ino) == b"a" * 100 + b"b" * 50 + b"c" * 100 + b"a" * 199_750
         # Only what came after it was written back once more.
         assert sorted(path.stat().st_size for path in volume.object_paths()) == [100, 200_000]
+
+    use(tmp_path, work)
+
+
+def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        data = os.urandom(200_000)
+        await volume.write(ino, 0, data)
+        volume.dying_objects.methods, volume.dying_objects.countdown = {"put"}, 1
+        volume.dying_objects.error, volume.dying_objects.permanent = (
+            StoreError(errno.EIO, "away", transient=True),
+            False,
+        )
+        await volume.files.flush()
+        assert volume.files.dirty_bytes == 0
+        await volume.write(ino, 0, data[::-1])
+        volume.dying_objects.countdown, volume.dying_objects.permanent = 1, True
+        with pytest.raises(StoreError, match="away"):
+            await volume.files.close()
+        await volume.objects.close()
+        await volume.open_files()
+        assert await volume.read(ino) == data[::-1]
 
     use(tmp_path, work)
 
