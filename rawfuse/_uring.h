@@ -6,8 +6,8 @@
  * and between them nothing changes.
  *
  * A request is laid out in the entry's memory as a read of /dev/fuse gives it: header, the operation's structure,
- * payload. The kernel fills the payload memory, which begins RING_LEAD bytes into the entry's memory: where the payload of
- * a WRITE belongs. That of an operation with a structure of another size is moved. */
+ * payload. The kernel fills the payload memory, which begins RING_LEAD bytes into the entry's memory: where the payload
+ * of a WRITE belongs. That of an operation with a structure of another size is moved. */
 
 enum {
     RING_SUBMISSIONS = 64,
@@ -257,8 +257,8 @@ static inline int rawfuse_ring_sleep(struct rawfuse_ring *ring)
            __atomic_load_n(ring->sq_flags, __ATOMIC_SEQ_CST) & IORING_SQ_TASKRUN;
 }
 
-/* Register one more entry. `memory` has room for RING_LEAD bytes and the payload, and for RING_LEAD more to move a payload up.
- * `idle`: no request waits for an entry of the queue. The entry's index, or -errno. */
+/* Register one more entry. `memory` has room for RING_LEAD bytes and the payload, and for RING_LEAD more to move a
+ * payload up. `idle`: no request waits for an entry of the queue. The entry's index, or -errno. */
 static inline int rawfuse_ring_register(struct rawfuse_ring *ring, unsigned queue, char *memory, int idle)
 {
     const unsigned index = ring->entries_used;
