@@ -51,7 +51,7 @@ sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 sanitized := build/sanitized
 
 .PHONY: sanitize
-sanitize: $(stamp) ## unit tests of rawfuse, its compiled parts built with AddressSanitizer and UBSan
+sanitize: $(stamp) ## unit tests and fuzzing of rawfuse, its compiled parts built with AddressSanitizer and UBSan
 	rm -rf $(sanitized)
 	mkdir -p $(sanitized)
 	cp -r rawfuse tests pyproject.toml setup.py README.md $(sanitized)
@@ -59,7 +59,7 @@ sanitize: $(stamp) ## unit tests of rawfuse, its compiled parts built with Addre
 	cd $(sanitized) && CFLAGS="$(sanitizers)" LDFLAGS="$(sanitizers)" "$(python)" setup.py --quiet build_ext --inplace
 	cd $(sanitized) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 PYTHONMALLOC=malloc \
-	    "$(python)" -m pytest -q -p no:cacheprovider tests/unit/test_rawfuse_*.py
+	    "$(python)" -m pytest -q -p no:cacheprovider tests/unit/test_rawfuse_*.py tests/fuzz -k "not guided_by_coverage"
 
 .PHONY: fuzz
 fuzz: $(stamp) ## fuzz rawfuse: FUZZ_ARGS="--seconds 600", see python -m tests.fuzz --help
