@@ -15,7 +15,7 @@ from lru import LRU
 from polefs.data.budget import MemoryBudget
 from polefs.data.frames import Buffer, Codec, FrameTable
 from polefs.meta.api import MetaAPI
-from polefs.objects.base import ObjectStore, segment_key
+from polefs.objects.base import ObjectStore, StoreError, for_programs, segment_key
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,11 @@ class FramedSegments:
                 # In a task: the first step of a request's handler runs in no context of its own, and object stores set
                 # and reset context variables.
                 get = self._objects.get(segment_key(table.segment), base, length)
-                stored = await asyncio.get_running_loop().create_task(get)
+                try:
+                    stored = await asyncio.get_running_loop().create_task(get)
+                except StoreError as error:
+                    log.error("%s", error.strerror)
+                    raise for_programs(error) from error
                 try:
                     return await self._decoded(table, first, last, stored)
                 except OSError as error:

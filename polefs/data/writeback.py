@@ -34,7 +34,7 @@ from polefs.data.segments import (
 )
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import DataCommit, Extent, Segment
-from polefs.objects.base import ObjectStore, is_transient, segment_key
+from polefs.objects.base import ObjectStore, for_programs, is_transient, segment_key
 
 log = logging.getLogger(__name__)
 
@@ -436,7 +436,7 @@ class WriteBack:
                 await self._objects.put(segment_key(number), parts)
             except OSError as error:
                 if self.impatient or not is_transient(error):
-                    raise
+                    raise for_programs(error) from error
                 log.warning("segment %d is not stored yet: %s", number, error)
             else:
                 return segment

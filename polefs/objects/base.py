@@ -6,6 +6,7 @@ paths of the characters ``a-z 0-9 . _ - /``.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -22,6 +23,14 @@ class StoreError(OSError):
 
 def is_transient(error: BaseException) -> bool:
     return isinstance(error, StoreError) and error.transient
+
+
+def for_programs(error: OSError) -> OSError:
+    """What a program is told that reads or writes a file: the errno of read(2), write(2) and fsync(2), not that of
+    the store's own troubles (EACCES for wrong keys, ECONNREFUSED …)."""
+    if not isinstance(error, StoreError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return OSError(errno.EIO, error.strerror)
 
 
 class ObjectInfo(msgspec.Struct, frozen=True):

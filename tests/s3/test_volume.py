@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rawfuse.testing.syscalls import fails
+from tests.s3.faults import Fault, FaultProxy
 from tests.s3.server import BUCKET, SeaweedServer
 from tests.s3.volumes import S3Volume, polefs
 
@@ -102,6 +105,32 @@ def test_what_was_synced_is_in_the_bucket(make_volume: MakeVolume) -> None:
     volume.lose_local()
     volume.start()
     assert read_all(volume.root) == contents
+
+
+def test_permissions_taken_away_while_it_is_mounted(proxy: FaultProxy, make_volume: MakeVolume) -> None:
+    """Programs get the errno that the system calls have, and nothing is lost for it."""
+    volume = make_volume(endpoint=proxy.endpoint)
+    volume.start()
+    (volume.root / "old").write_bytes(b"old" * 100_000)
+    volume.stop()
+    volume.lose_local()
+    volume.start()
+    with open(volume.root / "new", "wb") as file:
+        file.write(b"new" * 100_000)
+        file.flush()
+        proxy.inject(Fault.ACCESS_DENIED)
+        with fails(errno.EIO):
+            (volume.root / "old").read_bytes()
+        with fails(errno.EIO):
+            os.fsync(file.fileno())
+        proxy.heal()
+        os.fsync(file.fileno())
+    assert "no permission: allow the key" in volume.log()
+    assert (volume.root / "old").read_bytes() == b"old" * 100_000
+    volume.stop()
+    volume.lose_local()
+    volume.start()
+    assert (volume.root / "new").read_bytes() == b"new" * 100_000
 
 
 def test_the_key_of_an_encrypted_volume(make_volume: MakeVolume) -> None:
