@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -108,7 +109,7 @@ MODES = {"passthrough": [], "served": ["--no-passthrough"]}
 BOTH = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=MODES if STRESS else ["passthrough"])
 def dying(request: pytest.FixtureRequest, watchdog: Watchdog) -> Iterator[Place]:
     """A mirror that takes orders."""
     command = kept("tests.mounted.dying", "{scratch}/orders", "--keeper", "{scratch}/keeper", *MODES[request.param])
@@ -447,4 +448,21 @@ def test_killed_under_load(watchdog: Watchdog, options: list[str]) -> None:
                 os.kill(server, signal.SIGKILL)
                 last = server
             load.go_on(10)
+        assert contents(mounted.root) == contents(mounted.source)
+
+
+@BOTH
+def test_handed_over_under_load(watchdog: Watchdog, options: list[str]) -> None:
+    """SIGHUP: the server ends by itself and its successor goes on."""
+    with place(watchdog, kept("examples.mirror", "--keeper", "{scratch}/keeper", *options)) as mounted:
+        with loaded(mounted.root, 7) as load:
+            load.go_on(3)
+            for _ in range(10 if STRESS else 2):
+                server = mounted.served_by()
+                assert server is not None
+                ended = os.pidfd_open(server)
+                os.kill(server, signal.SIGHUP)
+                assert select.select([ended], [], [], 60)[0]
+                os.close(ended)
+                load.go_on(5)
         assert contents(mounted.root) == contents(mounted.source)
