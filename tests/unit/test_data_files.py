@@ -507,7 +507,7 @@ def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -
         assert volume.files.dirty_bytes == 0
         await volume.write(ino, 0, data[::-1])
         volume.dying_objects.countdown, volume.dying_objects.permanent = 1, True
-        with pytest.raises(StoreError, match="away"):
+        with pytest.raises(OSError, match="away"):
             await volume.files.close()
         await volume.objects.close()
         await volume.open_files()
