@@ -60,8 +60,8 @@ class DirtyFiles:
         self._relieved = relieved
         self._settled: dict[int, tuple[int, int]] = {}
         """Files whose changes are committed but still told of by journals, and where the last of these ends."""
-        self._ignored: dict[int, int] = {}
-        """Files of which a journal says that what it tells of them is to be ignored, and its number."""
+        self._ignored: dict[int, tuple[int, int]] = {}
+        """Files of which a journal says that what it tells of them is to be ignored, and where it has said so."""
         self._retired: list[tuple[int, Replica]] = []
         """Replicas that nobody needs any more but a journal, and its number."""
         used = max((replica_generation(name) for name in os.listdir(directory)), default=0)
@@ -174,7 +174,12 @@ class DirtyFiles:
         self.log.current.append(Kind.SETTLED, ino, epoch, end, 0, 0)
         self.changed.set()
         del self._settled[ino]
-        self._ignored[ino] = self.log.epoch
+        self._ignored[ino] = self.log.place
+
+    def forgotten_durably(self, ino: int) -> bool:
+        """Whether what ``forget_journal`` has said of the file, if anything, survives the loss of power."""
+        place = self._ignored.get(ino)
+        return place is None or self.log.durable(*place)
 
     def durable(self, ino: int) -> bool:
         """Whether a replay after a loss of power would bring the file to its present contents."""
@@ -262,7 +267,7 @@ class DirtyFiles:
     def deleted(self, before: int) -> None:
         """The journals before ``before`` are deleted, and the replicas that ``retired`` named before these were."""
         self._settled = {ino: place for ino, place in self._settled.items() if place[0] >= before}
-        self._ignored = {ino: epoch for ino, epoch in self._ignored.items() if epoch >= before}
+        self._ignored = {ino: place for ino, place in self._ignored.items() if place[0] >= before}
         count = len(self._retired)
         self._retired = [(epoch, replica) for epoch, replica in self._retired if epoch >= before]
         self._replicas -= count - len(self._retired)

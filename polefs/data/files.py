@@ -347,8 +347,9 @@ class FileStore:
         await self._flusher.flush_files([ino])
         await self._meta.sync()
         if self._dirty.told_by_journal(ino):
-            # Half of what the journals tell, after a loss of power, would undo what has been committed.
             self._dirty.forget_journal(ino)
+        if not self._dirty.forgotten_durably(ino):
+            # What the journals tell, or half of it, would undo after a loss of power what has been committed.
             await asyncio.shield(self._log.sync(()))
 
     def forget(self, ino: int) -> None:

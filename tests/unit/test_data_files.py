@@ -493,6 +493,21 @@ def test_sync_to_the_store_ends_what_the_journal_tells(tmp_path: Path) -> None:
     use(tmp_path, work)
 
 
+def test_sync_to_the_store_of_shared_contents(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        volume.files._sync_to_store = True
+        source, target = await volume.make(b"source"), await volume.make(b"target")
+        await volume.write(source, 0, b"s" * 200_000)
+        await volume.write(target, 0, b"t" * 200_000)
+        assert await volume.copy(source, 0, target, 0, 200_000) == 200_000
+        await volume.files.sync(target)
+        # A replay that knows of the write and not that it is over would bring it back.
+        journal = volume.files._log.current
+        assert journal.synced == journal.end
+
+    use(tmp_path, work)
+
+
 def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -> None:
     async def work(volume: Volume) -> None:
         ino = await volume.make(b"f")
