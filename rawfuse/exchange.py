@@ -22,8 +22,9 @@ _INIT_BUFFER = 1 << 16
 
 class InitExchange:
     """INIT, read and answered with blocking calls in a thread, before the event loop takes the device over.
-    ``before_reply`` is called with what will be agreed on, before the kernel knows it; FuseError there is the answer to
-    the kernel."""
+    ``before_reply`` is called with what will be agreed on, before the kernel knows it. Whatever is raised there, or by
+    the file system, the kernel gets an answer: a mount(2) that waits for INIT cannot even be killed (dev.c: FR_FORCE).
+    """
 
     def __init__(
         self,
@@ -42,13 +43,13 @@ class InitExchange:
         self._buffer = RequestBuffer(_INIT_BUFFER)
         self.cancelled = False
         self.agreement: Agreement | None = None
-        self.error: FuseError | None = None
+        self.error: Exception | None = None
 
     def run_quietly(self) -> None:
         try:
             self.run()
-        except FuseError as error:
-            if error.errno != errno.EINTR:
+        except Exception as error:
+            if not isinstance(error, FuseError) or error.errno != errno.EINTR:
                 self.error = error
 
     def run(self) -> Agreement:
@@ -86,8 +87,9 @@ class InitExchange:
                 ring_stands=self._ring_stands,
             )
             self._before_reply(agreement)
-        except FuseError as error:
-            self._send(OutMessage(init.unique, error=-(error.errno or errno.EPROTO)))
+        except Exception as error:
+            code = error.errno if isinstance(error, OSError) else None
+            self._send(OutMessage(init.unique, error=-(code or errno.EPROTO)))
             raise
         self._send(OutMessage(init.unique, [encode_init(agreement, self._settings)]))
         self.agreement = agreement
