@@ -92,7 +92,7 @@ class Dispatcher:
         self._paused = False
         self._early: dict[int, None] = {}
         self._undoing: set[asyncio.Task[Any]] = set()
-        self._idle: asyncio.Future[None] | None = None
+        self._finished = asyncio.Event()
         self._retired = False
         self.ended: asyncio.Future[int] = loop.create_future()
 
@@ -118,8 +118,7 @@ class Dispatcher:
     def end(self, error: int) -> None:
         """ENODEV: unmounted; ECONNABORTED: aborted through fusectl; anything else is unexpected, and final too. Nobody
         waits for replies any more; handlers whose effect must not stop half-way finish all the same."""
-        for channel in self._channels:
-            channel.end()
+        self._end_channels()
         if self.ended.done():
             return
         if -error not in _ENDED:
@@ -138,8 +137,7 @@ class Dispatcher:
     async def retire(self) -> None:
         """Read nothing more, for another process will. Returns when no handler runs any more: those whose effect must
         not stop half-way have finished and answered; the others are cancelled and their requests left unanswered."""
-        for channel in self._channels:
-            channel.end()
+        self._end_channels()
         await self._settled(lambda running: not running.row.interruptible)
         self._retired = True
         for running in list(self._running.values()):
@@ -148,10 +146,16 @@ class Dispatcher:
         if not self.ended.done():
             self.ended.set_result(0)
 
+    def _end_channels(self) -> None:
+        """For good: handlers that finish later resume none of them."""
+        for channel in self._channels:
+            channel.end()
+        self._channels = ()
+
     async def _settled(self, concerns: Callable[[Running], bool]) -> None:
         while any(map(concerns, self._running.values())):
-            self._idle = self._loop.create_future()
-            await self._idle
+            self._finished.clear()
+            await self._finished.wait()
 
     # Serving
 
@@ -253,11 +257,9 @@ class Dispatcher:
         """A handler that had waited has ended."""
         row, op = running.row, running.op
         del self._running[running.key]
-        if self._retired:
-            pass  # another process will be asked
-        elif failure is None:
+        if failure is None:
             self.answered(running.channel, row, op, result)
-        else:
+        elif not self._retired:  # or else another process will be asked
             self._reply_failure(running.channel, row, op, failure, interrupted=running.interrupted)
         if running.buffer is not None:
             running.channel.give_back(running.buffer)
@@ -267,14 +269,12 @@ class Dispatcher:
             self._bytes -= running.bytes
             if self._paused and _has_room(self._admitted, self._most) and _has_room(self._bytes, self._most_bytes):
                 self._resume()
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        self._finished.set()
 
     def _resume(self) -> None:
         self._paused = False
-        if not self.ended.done():
-            for channel in self._channels:
-                channel.resume()
+        for channel in self._channels:
+            channel.resume()
 
     async def _interrupt(self, op: ops.Interrupt) -> None:
         """INTERRUPT, on whatever channel. With one reader its target has always been read before; with several it may

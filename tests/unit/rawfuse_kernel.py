@@ -163,8 +163,10 @@ async def served(
     *,
     settings: Settings | None = None,
     channels: int = 1,
+    ended: int = errno.ENODEV,
 ) -> AsyncIterator[Kernel]:
-    """The file system, served to a test kernel, which hangs up in the end."""
+    """The file system, served to a test kernel, which hangs up in the end. ``ended``: how that is, 0 when the test has
+    the dispatcher retire."""
     loop = asyncio.get_running_loop()
     ends, devices = [], []
     for _ in range(channels):
@@ -185,7 +187,7 @@ async def served(
         raise
     else:
         kernel.close()
-        assert await dispatcher.ended == errno.ENODEV
+        assert await dispatcher.ended == ended
         await notifier.close()
         await dispatcher.drained()
     finally:

@@ -985,6 +985,56 @@ class TestEnd:
         assert kernel.dispatcher.ended.result() == errno.ENODEV
 
     @on_both_loops
+    async def test_retiring_at_the_bound(self) -> None:
+        """Handlers that finish make room, but nothing is read any more."""
+        gate = Gate()
+        async with served(Scripted(gate), settings=Settings(max_in_flight=1), ended=0) as kernel:
+            made = kernel.send(Opcode.MKDIR, MKDIR)
+            await until(lambda: gate.futures)
+            retiring = asyncio.ensure_future(kernel.dispatcher.retire())
+            kernel.send(Opcode.MKDIR, MKDIR)
+            await settled()
+            gate.open(made)
+            await retiring
+            assert (await kernel.reply())[:2] == (made, 0)
+            await settled()
+            assert list(gate.futures) == [made]
+
+    @on_both_loops
+    async def test_retiring_answers_what_is_done(self) -> None:
+        """A handler that was cancelled in vain has had its effect; only those that failed are left to the next one."""
+
+        async def script(op: ops.Op) -> None:
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                if op.nodeid != 8:
+                    raise
+
+        filesystem = Scripted(script)
+        async with served(filesystem, ended=0) as kernel:
+            kernel.send(Opcode.GETATTR, GETATTR)
+            done = kernel.send(Opcode.GETATTR, GETATTR, nodeid=8)
+            await until(partial(filesystem.has_started, 2))
+            await kernel.dispatcher.retire()
+            assert (await kernel.reply())[:2] == (done, 0)
+
+    @on_both_loops
+    async def test_the_end_while_retiring(self) -> None:
+        """Both wait until no handler runs."""
+        gate = Gate()
+        async with served(Scripted(gate), ended=0) as kernel:
+            made = kernel.send(Opcode.MKDIR, MKDIR)
+            await until(lambda: gate.futures)
+            both = [
+                asyncio.ensure_future(kernel.dispatcher.retire()),
+                asyncio.ensure_future(kernel.dispatcher.drained()),
+            ]
+            await settled()
+            gate.open(made)
+            await asyncio.gather(*both)
+
+    @on_both_loops
     async def test_requests_before_the_end_are_served(self) -> None:
         filesystem = Scripted()
         async with served(filesystem) as kernel:
