@@ -462,6 +462,7 @@ static int serve(FastPath *path, long length)
 static PyObject *path_run(FastPath *path, PyObject *argument)
 {
     long nanoseconds = PyLong_AsLong(argument), length = 0;
+    PyObject *type, *failure, *traceback;
     int served = 1;
 
     if (nanoseconds == -1 && PyErr_Occurred())
@@ -477,8 +478,11 @@ static PyObject *path_run(FastPath *path, PyObject *argument)
         else if (length != -EINTR && length != -ENOENT)
             break;
     }
+    PyErr_Fetch(&type, &failure, &traceback); /* a function must not be called with an exception set */
     if (leave_task(path) < 0)
         served = -1;
+    if (type != NULL)
+        PyErr_Restore(type, failure, traceback);
     path->running = false;
     if (served < 0)
         return NULL;

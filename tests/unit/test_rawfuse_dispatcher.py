@@ -35,7 +35,7 @@ from rawfuse import (
 from rawfuse.decode import IN_PLACE
 from rawfuse.running import Running
 from tests.unit.rawfuse_helpers import HEADER, request
-from tests.unit.rawfuse_kernel import agreement, compiled, on_both_loops, served
+from tests.unit.rawfuse_kernel import DEADLINE, agreement, compiled, on_both_loops, served
 from tests.unit.test_rawfuse_table import DECODED
 
 GETATTR = struct.pack("=IIQ", 0, 0, 0)
@@ -1033,6 +1033,23 @@ class TestEnd:
             await settled()
             gate.open(made)
             await asyncio.gather(*both)
+
+    @pytest.mark.parametrize("with_compiled", [True, False], ids=["compiled", "python"])
+    def test_a_handler_ends_the_program(self, with_compiled: bool) -> None:
+        """As Ctrl-C does when Python handles the signal while a handler runs."""
+
+        async def script(op: ops.Op) -> None:
+            raise SystemExit(3)
+
+        async def scenario() -> None:
+            compiled.set(with_compiled)
+            async with served(Scripted(script)) as kernel:
+                kernel.send(Opcode.GETATTR, GETATTR)
+                await asyncio.wait_for(kernel.dispatcher.ended, DEADLINE)
+
+        with pytest.raises(SystemExit) as ended:
+            asyncio.run(scenario())
+        assert ended.value.code == 3
 
     @on_both_loops
     async def test_requests_before_the_end_are_served(self) -> None:
