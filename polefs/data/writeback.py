@@ -121,7 +121,9 @@ class WriteBack:
         self._keeping: set[asyncio.Future[None]] = set()
         self._stopped = False
         self.impatient = False
-        """A store that stays out of reach for the time of one attempt is a failure."""
+        """A store that stays out of reach for the time of one attempt is a failure of all that is to be stored."""
+        self._out_of_reach: OSError | None = None
+        """Why it was, once that counts."""
         self._drained: asyncio.Future[None] | None = None
         self._committing: dict[int, list[DataCommit]] = {}
         self.doubtful: list[int] = []
@@ -429,13 +431,18 @@ class WriteBack:
 
     async def _put(self, number: int, runs: Sequence[Run]) -> Segment:
         """Write the object of a segment. A store that is out of reach is waited for, unless ``impatient``."""
+        if self._out_of_reach is not None:
+            raise for_programs(self._out_of_reach)
         loop = asyncio.get_running_loop()
         parts, segment = await loop.run_in_executor(self._threads, load, runs, number, self._codec)
         while True:
             try:
                 await self._objects.put(segment_key(number), parts)
             except OSError as error:
-                if self.impatient or not is_transient(error):
+                if not is_transient(error):
+                    raise for_programs(error) from error
+                if self.impatient:
+                    self._out_of_reach = error
                     raise for_programs(error) from error
                 log.warning("segment %d is not stored yet: %s", number, error)
             else:

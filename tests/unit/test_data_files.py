@@ -531,6 +531,32 @@ def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -
     use(tmp_path, work)
 
 
+def test_the_end_waits_once_for_a_store_out_of_reach(tmp_path: Path) -> None:
+    """Not once for each segment."""
+
+    async def work(volume: Volume) -> None:
+        for name in range(30):
+            ino = await volume.make(b"%d" % name)
+            for start in range(0, 4 * MIB, 2 * MIB):
+                await volume.write(ino, start, bytes(2 * MIB - 1))
+        attempts = 0
+
+        async def put(key: str, parts: object) -> None:
+            nonlocal attempts
+            attempts += 1
+            await asyncio.sleep(0.01)
+            raise StoreError(errno.EIO, "away", transient=True)
+
+        volume.objects.put = put  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="away"):
+            await volume.files.close()
+        assert 1 <= attempts <= 4
+        await volume.objects.close()
+        await volume.open_files()
+
+    use(tmp_path, work)
+
+
 def test_failed_rounds_do_not_gather_empty_journals(tmp_path: Path) -> None:
     async def work(volume: Volume) -> None:
         ino = await volume.make(b"f")
