@@ -120,6 +120,24 @@ def test_second_read_fetches_nothing(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_the_hole_at_the_end_of_a_file_costs_its_cache_nothing(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(2 * MIB)
+        ino = await write(volume, b"a", data)
+        await volume.truncate(ino, 8 * MIB)
+        await volume.files.flush()
+        assert await volume.read(ino, 0, 2 * MIB) == data
+        await landed(volume)
+        count = len(gate.gets)
+        assert await volume.read(ino, 5 * MIB, 4096) == bytes(4096)
+        assert await volume.read(ino, 2 * MIB - 4096, 8192) == data[-4096:] + bytes(4096)
+        assert await volume.read(ino) == data + bytes(6 * MIB)
+        await landed(volume)
+        assert len(gate.gets) == count
+
+    run(tmp_path, work)
+
+
 def test_all_that_was_fetched_at_a_time_is_cached(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         data = os.urandom(20 * MIB)

@@ -255,15 +255,18 @@ class ContentCache(Generic[R]):
     # Reading and filling
 
     async def read(self, file: CachedFile[R], start: int, end: int) -> bytes | None:
-        """Bytes of a valid range, from the disk if need be; None when they have become invalid meanwhile."""
+        """Bytes of a range that is valid or a hole, from the disk if need be; None when they have become invalid
+        meanwhile."""
         generation = file.generation
         data = await self._run(_read, file.handle, start, end - start)
         if file.generation != generation:
             return None
         if len(data) < end - start:
-            # It ends before what it is to hold: somebody else has cut it.
-            self.forget(file.ino)
-            return None
+            if file.valid.within(start + len(data), end):
+                # It ends before what it is to hold: somebody else has cut it.
+                self.forget(file.ino)
+                return None
+            data += bytes(end - start - len(data))
         return data
 
     async def fill(self, file: CachedFile[R], generation: int, start: int, parts: Sequence[bytes | memoryview]) -> None:
