@@ -138,6 +138,40 @@ def test_the_hole_at_the_end_of_a_file_costs_its_cache_nothing(tmp_path: Path) -
     run(tmp_path, work)
 
 
+def test_reading_what_is_just_being_kept(tmp_path: Path) -> None:
+    """A reader opens the file before what was written back has its cache file, and another one reads afterwards."""
+
+    async def work(volume: Volume, gate: Gate) -> None:
+        data = os.urandom(300_000)
+        ino = await volume.make(b"a")
+        await volume.write(ino, 0, data)
+        directory = cached(volume).cache._directory
+        keep, begun, goes_on = directory.keep, threading.Event(), threading.Event()
+
+        def slow(files: Any) -> tuple[int, int]:
+            begun.set()
+            assert goes_on.wait(60)
+            return keep(files)
+
+        directory.keep = slow  # type: ignore[method-assign]
+        flushing = asyncio.ensure_future(volume.files.flush())
+        await until(begun.is_set)
+        gate.open.clear()
+        first = asyncio.ensure_future(volume.read(ino))
+        await until(lambda: gate.waiting > 0)
+        goes_on.set()
+        await flushing
+        second = asyncio.ensure_future(volume.read(ino))
+        await ticks(20)
+        gate.open.set()
+        assert await first == data
+        assert await second == data
+        await landed(volume)
+        assert await volume.read(ino) == data
+
+    run(tmp_path, work)
+
+
 def test_all_that_was_fetched_at_a_time_is_cached(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         data = os.urandom(20 * MIB)

@@ -313,17 +313,19 @@ class ContentCache(Generic[R]):
         for file, pieces, size in files:
             if not file.changing and not file.gone:
                 file.filling += 1
-                if file.handle is None:
-                    file.unload()
                 work.append((file, file.generation, pieces, size))
+        wanted = [(file.ino, file.handle, pieces, size) for file, _, pieces, size in work]
         try:
-            wanted = [(file.ino, file.handle, pieces, size) for file, _, pieces, size in work]
             grown, free = await _to_its_end(self._run(self._directory.keep, wanted))
         except OSError as error:
             self._pause(error)
             return
         finally:
-            for file, *_ in work:
+            for (file, *_), (_, handle, _, _) in zip(work, wanted, strict=True):
+                if handle is None:
+                    # There is another cache file now than whoever has opened it meanwhile has found, if any.
+                    file.generation += 1
+                    file.unload()
                 file.end_filling()
                 self._leave(file)
         for file, generation, pieces, size in work:
