@@ -138,6 +138,18 @@ def test_the_hole_at_the_end_of_a_file_costs_its_cache_nothing(tmp_path: Path) -
     run(tmp_path, work)
 
 
+def test_warming_up_what_is_lost_fails(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        ino = await write(volume, b"a", os.urandom(2 * MIB))
+        for path in volume.object_paths():
+            path.unlink()
+        with pytest.raises(OSError, match="missing from the object store"):
+            async with asyncio.timeout(60):
+                await cached(volume).warm(ino)
+
+    run(tmp_path, work)
+
+
 def test_reading_what_is_just_being_kept(tmp_path: Path) -> None:
     """A reader opens the file before what was written back has its cache file, and another one reads afterwards."""
 

@@ -8,6 +8,7 @@ file in which it was looked up: a reader that comes after a change does not boar
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,9 @@ FLIGHT_MAX: Final = 4 << 20
 
 _WARMED: Final = 16 << 20
 """Bytes of a file that ``warm`` fetches at a time."""
+
+_ATTEMPTS: Final = 8
+"""At contents whose segments are gone: the next time others have come, unless they are lost."""
 
 _THREADS: Final = 4
 
@@ -213,7 +217,7 @@ class CachedContents:
 
     async def warm(self, ino: int) -> None:
         """Bring all of a file into the cache, as far as it can take it. Errors as of ``Segments``."""
-        position = 0
+        position = missing = 0
         while True:
             inode = await self._meta.get_inode(ino)
             if position >= inode.size or inode.inline is not None:
@@ -231,10 +235,14 @@ class CachedContents:
                         await asyncio.wait([flight.task for flight in flights])
                     for flight in flights:
                         flight.done.result()
-            except (ContentsChanged, FileNotFoundError):
+            except (ContentsChanged, FileNotFoundError) as error:
+                missing += isinstance(error, FileNotFoundError)
+                if missing == _ATTEMPTS:
+                    text = f"contents of inode {ino} at {position} are missing from the object store"
+                    raise OSError(errno.EIO, text) from error
                 self._extents.invalidate(ino)
                 continue
-            position = end
+            position, missing = end, 0
 
     # Flights
 
