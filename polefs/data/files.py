@@ -138,7 +138,7 @@ class FileStore:
         keep = {os.path.basename(replica.path) for replica in found.replicas}
         await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, keep)
         await self._flusher.flush()
-        await self._reclaimer.reclaim()
+        await self._reclaimer.reclaim_if_possible()
 
     def start(self) -> None:
         """Start write-back and the deletion of dead objects in the background."""
@@ -153,7 +153,7 @@ class FileStore:
             await self._flusher.finish()
             await self._meta.sync()
             saved = True
-            await self._reclaimer.reclaim()
+            await self._reclaimer.reclaim_if_possible()
             await asyncio.get_running_loop().run_in_executor(self._threads, self._empty)
         finally:
             await self._flusher.abandon()

@@ -46,13 +46,18 @@ class Reclaimer:
                 await self._objects.delete([segment_key(segment) for segment in dead])
                 await self._meta.forget_segments(dead)
 
+    async def reclaim_if_possible(self) -> None:
+        """As ``reclaim``; what cannot be deleted now is left for later, and that is no failure."""
+        try:
+            await self.reclaim()
+        except OSError as error:
+            log.error("deleting dead segments failed: %s", error)
+
     async def _run(self) -> None:
         while True:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                await self.reclaim()
-            except OSError as error:
-                log.error("deleting dead segments failed: %s", error)
+                await self.reclaim_if_possible()
             except Exception:
                 log.exception("deleting dead segments failed")

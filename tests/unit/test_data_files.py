@@ -21,6 +21,7 @@ from polefs.meta.check import check
 from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, SetAttr
 from polefs.meta.store.sqlite import SqliteStore
 from polefs.objects.base import StoreError
+from polefs.objects.directory import DirectoryStore
 from tests.unit.data_helpers import Crash, Volume, ticks
 
 MIB = 1 << 20
@@ -527,6 +528,31 @@ def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -
         await volume.objects.close()
         await volume.open_files()
         assert await volume.read(ino) == data[::-1]
+
+    use(tmp_path, work)
+
+
+def test_objects_that_cannot_be_deleted_hinder_neither_the_end_nor_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def delete(self: DirectoryStore, keys: object) -> None:
+        raise StoreError(errno.EACCES, "no permission")
+
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        with monkeypatch.context() as forbidden:
+            forbidden.setattr(DirectoryStore, "delete", delete)
+            for _ in range(2):
+                await volume.write(ino, 0, os.urandom(200_000))
+                await volume.files.flush()
+            await volume.files.close()
+            assert not volume.local()
+            await volume.objects.close()
+            await volume.open_files()
+            assert len(volume.object_paths()) == 2
+        await volume.crash()
+        assert len(volume.object_paths()) == 1
+        assert len(await volume.read(ino)) == 200_000
 
     use(tmp_path, work)
 
