@@ -144,9 +144,8 @@ class WriteBack:
                 self._enter(job)
             else:
                 self._following[ino] = job
-                if urgent:
-                    self._promote(current)
         if urgent:
+            self._promote(self._jobs[ino])
             self._promote(job)
         return job.done
 

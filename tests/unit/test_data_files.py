@@ -532,6 +532,37 @@ def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -
     use(tmp_path, work)
 
 
+def test_who_waits_for_a_file_waits_for_no_other(tmp_path: Path) -> None:
+    """Though more of it has been submitted meanwhile, which follows."""
+
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        for start in range(0, 40 * MIB, 2 * MIB):
+            await volume.write(ino, start, bytes(2 * MIB - 1))
+        begun, goes_on = asyncio.Semaphore(0), asyncio.Event()
+        put = volume.objects.put
+
+        async def slow(key: str, parts: list[bytes]) -> None:
+            begun.release()
+            await goes_on.wait()
+            await put(key, parts)
+
+        volume.objects.put = slow  # type: ignore[method-assign]
+        writeback = volume.files._writeback
+        writeback._normal.workers = 1
+        submitted = [writeback.submit(ino, None)]
+        async with asyncio.timeout(60):
+            await begun.acquire()
+            submitted.append(writeback.submit(ino, None))
+            submitted.append(writeback.submit(ino, None, urgent=True))
+            await begun.acquire()  # though the worker for what nobody waits for is busy
+        goes_on.set()
+        await asyncio.wait(submitted)
+        assert volume.files.dirty_bytes == 0
+
+    use(tmp_path, work)
+
+
 def test_objects_that_cannot_be_deleted_hinder_neither_the_end_nor_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
