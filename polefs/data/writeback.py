@@ -267,7 +267,7 @@ class WriteBack:
                     done = await self._work_once(lane, max(taken, RUN_MAX))
                 finally:
                     lane.memory.give(taken)
-                await self._keep_contents([plan for plan in done if plan.pieces])
+                await self._keep_contents([plan for plan in done if plan.pieces and not plan.state.gone])
         finally:
             lane.running -= 1
 

@@ -138,6 +138,29 @@ def test_the_hole_at_the_end_of_a_file_costs_its_cache_nothing(tmp_path: Path) -
     run(tmp_path, work)
 
 
+def test_what_is_removed_while_it_is_written_back_is_not_kept(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        ino = await volume.make(b"a")
+        await volume.write(ino, 0, os.urandom(300_000))
+        put, begun, goes_on = volume.objects.put, asyncio.Event(), asyncio.Event()
+
+        async def slow(key: str, parts: list[bytes]) -> None:
+            begun.set()
+            await goes_on.wait()
+            await put(key, parts)
+
+        volume.objects.put = slow  # type: ignore[method-assign]
+        flushing = asyncio.ensure_future(volume.files.flush())
+        await begun.wait()
+        volume.files.forget(ino)
+        await until(lambda: cached(volume).cache._forgetting is None)
+        goes_on.set()
+        await flushing
+        assert (await cached(volume).cache.measure()).files == 0
+
+    run(tmp_path, work)
+
+
 def test_warming_up_what_is_lost_fails(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         ino = await write(volume, b"a", os.urandom(2 * MIB))
