@@ -85,8 +85,8 @@ def _load(piece: DataPiece) -> bytes:
 
 
 def whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
-    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one and most
-    of it is in the replica."""
+    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one, most of the file
+    is in it and nothing else is: after a loss of power a journal may still tell of bytes past ``size``."""
     replica: Replica | None = None
     position = 0
     in_memory = 0
@@ -100,7 +100,9 @@ def whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
         else:
             return None
         position = end
-    return replica if position == size and in_memory <= size // 2 else None
+    if replica is None or position != size or in_memory > size // 2 or os.fstat(replica.fd).st_size > size:
+        return None
+    return replica
 
 
 def prepare_adoption(

@@ -532,6 +532,25 @@ def test_a_store_out_of_reach_is_waited_for_but_not_at_the_end(tmp_path: Path) -
     use(tmp_path, work)
 
 
+def test_what_was_synced_is_not_cut_before_that_is_durable(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, os.urandom(3 * MIB))
+        await volume.files.sync(ino)
+        await volume.truncate(ino, 2 * MIB)
+        volume.dying_meta.methods, volume.dying_meta.countdown = {"commit_data"}, 1
+        volume.dying_meta.error, volume.dying_meta.permanent = OSError(errno.EIO, "no"), False
+        with pytest.raises(OSError, match="no"):
+            await volume.files.flush()
+        # A loss of power now may take the record of the truncation, but not that of the write.
+        replicas = [name for name in volume.local() if name.startswith(f"{ino}.")]
+        assert [(volume.path / "local" / name).stat().st_size for name in replicas] == [3 * MIB]
+        await volume.files.flush()
+        assert (await volume.meta.get_inode(ino)).size == 2 * MIB
+
+    use(tmp_path, work)
+
+
 def test_who_waits_for_a_file_waits_for_no_other(tmp_path: Path) -> None:
     """Though more of it has been submitted meanwhile, which follows."""
 
