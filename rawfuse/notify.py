@@ -47,7 +47,8 @@ EPOCH_MINOR, PRUNE_MINOR = 44, 45
 class Notifier:
     """All nine notifications. Those about cached things return False when the kernel had nothing cached (ENOENT), which
     usually is what was wanted; other failures raise ``FuseError``: ENOSYS when the kernel is too old for one, EINVAL,
-    ENAMETOOLONG, ENOTEMPTY (DELETE), ENOTCONN for those who still wait when the connection ends, and from then on.
+    ENAMETOOLONG, ENOTEMPTY (DELETE), ENOTCONN for those who still wait when the connection ends or is handed over, and
+    from then on.
 
     INVAL_ENTRY, DELETE and INC_EPOCH drop dentries for good (dcache.c: d_invalidate), and with a dentry goes what is
     mounted on it. EXPIRE_ONLY and PRUNE leave mounts alone.

@@ -250,6 +250,9 @@ class Session:
         if self.filesystem.keeper is None or self._dispatcher is None:
             raise RuntimeError("only a mount with a keeper can be handed over")
         self.handed_over = True
+        if self.notifier is not None:
+            # One that waits for a lock needs answers to get it.
+            await self.notifier.close()
         await self._dispatcher.retire()
 
     async def unmount(self, *, lazy: bool = False) -> None:

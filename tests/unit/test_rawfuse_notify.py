@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
 import struct
 import threading
 from collections.abc import Awaitable, Callable
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from rawfuse import FileSystem, FuseError, InitFlag, Opcode
+from rawfuse import FileSystem, FuseError, InitFlag, Opcode, Session, ops
+from rawfuse.handover import Keeper
 from rawfuse.negotiate import PAGE, Agreement
 from rawfuse.notify import MOST_QUEUED, Notifier
 from tests.unit.rawfuse_kernel import Kernel, on_both_loops, served
@@ -230,3 +233,37 @@ class TestEnd:
                 await asyncio.wait(waiting)
             stuck.free.set()
             await kernel.notifier.wake_poll(2)
+
+
+@on_both_loops
+async def test_handing_over_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits in the kernel for the lock that a request holds, which is still answered."""
+    waiting, answer = asyncio.Event(), asyncio.Event()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    class Slow(FileSystem):
+        async def read_symlink(self, op: ops.ReadSymlink) -> bytes:
+            waiting.set()
+            await answer.wait()
+            return b"target"
+
+    filesystem = Slow()
+    keeper = filesystem.keeper = Keeper(ours, {}, 1)
+    async with served(filesystem, ended=0) as kernel:
+        session = Session(filesystem, "/")
+        session.notifier, session._dispatcher = kernel.notifier, kernel.dispatcher
+        unique = kernel.send(Opcode.READLINK)
+        await waiting.wait()
+        stuck = Stuck(kernel, monkeypatch)
+        notifying = asyncio.ensure_future(kernel.notifier.invalidate_entry(1, b"name"))
+        await asyncio.to_thread(stuck.entered.wait)
+        handing_over = asyncio.ensure_future(session.hand_over())
+        await asyncio.sleep(0)
+        answer.set()
+        assert await kernel.reply() == (unique, 0, b"target")
+        stuck.free.set()
+        await handing_over
+        assert await outcome(notifying) == errno.ENOTCONN
+    keeper.close()
+    os.close(keeper.journal.fd)
+    theirs.close()
