@@ -223,12 +223,16 @@ class Session:
 
     async def serve(self) -> None:
         """Returns when the file system has been unmounted, from here or outside, or its connection was aborted; then
-        all handlers have ended and ``FileSystem.destroy`` has run. Or when it has been handed over."""
+        all handlers have ended and ``FileSystem.destroy`` has run. Or when it has been handed over. Cancelling it is a
+        lazy unmount."""
         dispatcher, transport = self._dispatcher, self._transport
         if dispatcher is None or transport is None:
             raise RuntimeError("mount first")
         try:
-            await dispatcher.ended
+            await asyncio.shield(dispatcher.ended)
+        except asyncio.CancelledError:
+            await self._abandon(dispatcher)
+            raise
         finally:
             try:
                 if self.notifier is not None:
@@ -243,6 +247,12 @@ class Session:
                         self.filesystem.keeper.close()
                     else:
                         self.filesystem.keeper.end()
+
+    async def _abandon(self, dispatcher: Dispatcher) -> None:
+        """Nobody serves it any more: it must not stay as a mount that answers nothing."""
+        with contextlib.suppress(OSError):  # somebody else may have unmounted it
+            await self.unmount(lazy=True)
+        dispatcher.end(errno.ENODEV)
 
     async def hand_over(self) -> None:
         """Leave the mount to the next process; ``serve`` returns, without ``FileSystem.destroy``, when all is deposited

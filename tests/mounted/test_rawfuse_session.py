@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,32 @@ except OSError as error:
 else:
     print("locked", flush=True)
 """
+
+CANCELLED = """
+import asyncio, sys
+from rawfuse import FileSystem, Session
+
+class Waiting(FileSystem):
+    async def get_inode_attributes(self, op):
+        print("asked", flush=True)
+        await asyncio.get_running_loop().create_future()
+
+async def main():
+    session = Session(Waiting(), sys.argv[1])
+    await session.mount()
+    await session.serve()
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def wait_for_log(server: Server, text: str) -> None:
+    """Returns once the server has logged this; the test's deadline ends the wait."""
+    while text not in server.log_since(0):
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -201,6 +228,18 @@ class TestEnd:
                 assert outcome(child).startswith("error")
             with fails(errno.ENOTCONN, errno.ECONNABORTED):
                 os.close(fd)
+
+    def test_cancelled(self, watchdog: Watchdog, scratch: Path) -> None:
+        """As Ctrl-C under ``asyncio.run`` does: no mount stays that nobody serves, and who waits is told."""
+        with served(watchdog, scratch, [sys.executable, "-c", CANCELLED]) as server:
+            command = [sys.executable, "-c", "import os, sys; os.stat(sys.argv[1])", str(server.mountpoint)]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+                wait_for_log(server, "asked")
+                server.signal(signal.SIGINT)
+                _, error = program.communicate(timeout=30)
+            assert "OSError" in error
+            assert server.wait() == 130
+            assert find_mount(server.mountpoint) is None
 
     def test_lazy_umount(self, watchdog: Watchdog, scratch: Path) -> None:
         """Programs with open files work on; the server ends when the last one closes."""
