@@ -255,7 +255,11 @@ class DirtyFiles:
             if layer.replica is not None:
                 self._retire(layer)
         if layers:
-            self._settled[state.ino] = layers[-1].epoch, layers[-1].end
+            place = layers[-1].epoch, layers[-1].end
+            if not state.layers:
+                # A modification time that the user set may stand behind, in a newer journal even.
+                place = max(place, (state.journal_epoch, state.journal_end))
+            self._settled[state.ino] = place
         if not state.layers and self._states.get(state.ino) is state:
             del self._states[state.ino]
         self._check()

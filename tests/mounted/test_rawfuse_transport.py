@@ -88,6 +88,7 @@ class Lives:
 class TestEnd(Lives, session.TestEnd):
     # Nothing in them depends on the transport.
     test_umount_command = test_fusermount = test_mounted_again = test_busy_umount_changes_nothing = None
+    test_cancelled = None
 
 
 class TestInterrupt(Lives, session.TestInterrupt):

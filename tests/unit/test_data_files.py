@@ -357,6 +357,27 @@ def test_many_extents_are_committed_in_steps(tmp_path: Path, base: int, failing:
     use(tmp_path, work)
 
 
+def test_a_time_is_not_brought_back_by_a_journal_newer_than_the_contents(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        ino, other = await volume.make(b"f"), await volume.make(b"other")
+
+        async def set_mtime(mtime: int) -> None:
+            volume.files.set_mtime(ino, mtime)
+            await volume.meta.set_attributes(ino, SetAttr(mtime=mtime))
+
+        await volume.write(ino, 0, b"x")
+        await volume.files._dirty.rotate()
+        await set_mtime(42)
+        await volume.write(other, 0, b"keeps the second journal")
+        await volume.files.flush(ino)
+        await volume.files._flusher._retire()  # the first one
+        await set_mtime(43)
+        await volume.crash()
+        assert (await volume.inode(ino)).mtime == 43
+
+    use(tmp_path, work)
+
+
 def test_a_time_that_the_user_set_survives_a_replay(tmp_path: Path) -> None:
     async def work(volume: Volume) -> None:
         inos = [await volume.make(b"%d" % number) for number in range(3)]
