@@ -1,4 +1,4 @@
-"""Fixtures for every suite: the S3 server."""
+"""For every suite: how hypothesis runs, and the S3 server."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.s3.server import BUCKET, Place, SeaweedServer
+
+# The same examples each time, so that a change is judged by what it changes; the longer form looks for new ones.
+settings.register_profile("same", derandomize=True, database=None)
+settings.register_profile("new", print_blob=True)
+settings.load_profile("new" if os.environ.get("POLEFS_STRESS") else "same")
 
 
 @pytest.fixture(scope="session")

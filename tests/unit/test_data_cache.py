@@ -207,6 +207,30 @@ def test_reading_what_is_just_being_kept(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_a_file_that_begins_to_load_when_keeping_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who keeps contents drops a file that is not loaded, but not one that somebody has just begun to load."""
+
+    async def work(volume: Volume, gate: Gate) -> None:
+        cache = cached(volume).cache
+        for turns in range(6):
+            ino = 100 + turns
+            kept: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+            with monkeypatch.context() as patch:
+                patch.setattr(cache, "_run", lambda *_, kept=kept: kept)
+                keeping = asyncio.create_task(cache.keep([(ino, [], 0)]))
+                await asyncio.sleep(0)
+            kept.set_result((0, 1 << 40))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            opening = asyncio.create_task(cache.open(ino))
+            await keeping
+            await opening
+            file = await cache.open(ino)
+            assert file is not None and cache.find(ino) is file
+
+    run(tmp_path, work)
+
+
 def test_all_that_was_fetched_at_a_time_is_cached(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         data = os.urandom(20 * MIB)

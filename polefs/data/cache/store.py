@@ -209,7 +209,8 @@ class ContentCache(Generic[R]):
             if file.changing:
                 return None
             if file.loading is None:
-                file.loading = asyncio.get_running_loop().create_task(self._load(file))
+                file.filling += 1  # from now on: whoever calls ``_leave`` before the task begins must not drop the file
+                file.loading = asyncio.get_running_loop().create_task(self._load(file, file.generation))
             await asyncio.wait([file.loading])
             if not file.loaded:
                 return None
@@ -238,9 +239,8 @@ class ContentCache(Generic[R]):
             if idle.handle is not None:
                 self._run(_mark_used, [idle.handle])
 
-    async def _load(self, file: CachedFile[R]) -> None:
-        generation = file.generation
-        file.filling += 1
+    async def _load(self, file: CachedFile[R], generation: int) -> None:
+        """Open a file that counts as being filled since ``generation``."""
         try:
             handle, valid = await self._run(self._directory.load, file.ino)
         except OSError as error:
