@@ -80,6 +80,11 @@ docs: $(stamp) ## write docs/rawfuse/reference.md from the docstrings
 bench: $(stamp) ## measure polefs against its peers: bench/README.md
 	"$(python)" -m bench.compare $(BENCH_ARGS)
 
+.PHONY: bench-s3
+bench-s3: $(stamp) ## measure polefs on S3 against its peers, with a chart (as root): bench/README.md
+	@mkdir -p bench/results
+	"$(python)" -m bench.s3compare --json bench/results/s3.json --chart bench/results/s3.png $(BENCH_ARGS)
+
 .PHONY: bench-rawfuse
 bench-rawfuse: $(stamp) ## measure rawfuse against other FUSE libraries, with a chart (as root): bench/README.md
 	@mkdir -p bench/results

@@ -1,4 +1,5 @@
-"""Draws what ``bench.requests`` has measured: ``chart.py FIGURES.json CHART.png``, in the environment of the peers."""
+"""Draws what ``bench.requests`` or ``bench.s3compare`` has measured: ``chart.py FIGURES.json CHART.png``, in the
+environment of the peers."""
 
 # The environment of the peers has matplotlib, the project's has not.
 # mypy: ignore-errors
@@ -13,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-COLOURS = ["#444444", "#1b6ca8", "#5aa9e6", "#9ad1f5", "#e07a5f", "#c1272d"]
+COLOURS = ["#444444", "#1b6ca8", "#5aa9e6", "#9ad1f5", "#e07a5f", "#c1272d", "#f2b134", "#7a9e7e"]
 
 HIGHEST = 3
 """Bars are cut there."""
@@ -26,9 +27,10 @@ def draw(axes, title, systems):
     width = 0.8 / len(names)
     for number, name in enumerate(names):
         for position, figure in enumerate(figures):
-            mine, first = (systems[system]["figures"][figure]["median"] for system in (name, names[0]))
-            if not mine or not first:
+            found = [systems[system]["figures"].get(figure) for system in (name, names[0])]
+            if not all(found) or not all(each["median"] for each in found):
                 continue
+            mine, first = (each["median"] for each in found)
             height = min(mine / first, HIGHEST)
             place = position + (number - len(names) / 2 + 0.5) * width
             label = name if position == 0 else None
@@ -54,7 +56,7 @@ def main():
         draw(axes, title, systems)
     machine = document["machine"]
     told = f"Linux {machine['kernel']}, {machine['cpus']} CPUs, Python {machine['python']}, load {machine['load']:.1f}"
-    figure.suptitle(f"FUSE requests: {told}", fontsize=9)
+    figure.suptitle(f"{document['title']}: {told}", fontsize=9)
     figure.tight_layout()
     figure.savefig(sys.argv[2], dpi=130)
 

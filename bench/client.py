@@ -24,7 +24,7 @@ Timing = tuple[float, float, float]
 """Operations (or MiB), start and end."""
 
 
-def _go() -> float:
+def go() -> float:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -42,7 +42,7 @@ def _names(index: int, count: int, prefix: str = "f") -> list[str]:
 
 
 def _each(call: Callable[[str], object], names: list[str]) -> Timing:
-    start = _go()
+    start = go()
     for name in names:
         call(name)
     return len(names), start, time.monotonic()
@@ -51,7 +51,7 @@ def _each(call: Callable[[str], object], names: list[str]) -> Timing:
 def _repeat(body: Callable[[], float], seconds: float) -> Timing:
     """Run it again until the time is used up: for figures that take too little time to be measured once."""
     done = 0.0
-    start = end = _go()
+    start = end = go()
     while end - start < seconds:
         done += body()
         end = time.monotonic()
@@ -64,7 +64,7 @@ def _repeat(body: Callable[[], float], seconds: float) -> Timing:
 def create(directory: str, count: int, index: int) -> Timing:
     _enter(directory)
     names = _names(index, count)
-    start = _go()
+    start = go()
     for name in names:
         os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     return count, start, time.monotonic()
@@ -91,7 +91,7 @@ def stat_hot(directory: str, count: int, seconds: float, index: int) -> Timing:
 def stat_enoent(directory: str, count: int, index: int) -> Timing:
     _enter(directory)
     names = _names(index, count, f"missing{time.monotonic_ns()}-")
-    start = _go()
+    start = go()
     for name in names:
         try:
             os.stat(name)
@@ -129,14 +129,16 @@ def rmdir(directory: str, count: int, index: int) -> Timing:
 # Small files and listings
 
 
-def write_files(directory: str, count: int, size: int, index: int) -> Timing:
+def write_files(directory: str, count: int, size: int, index: int, fsync: bool = False) -> Timing:
     _enter(directory)
     names = _names(index, count)
     data = os.urandom(size)
-    start = _go()
+    start = go()
     for name in names:
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         os.write(fd, data)
+        if fsync:
+            os.fsync(fd)
         os.close(fd)
     return count, start, time.monotonic()
 
@@ -153,7 +155,7 @@ def _read_files(names: list[str], size: int) -> float:
 def read_files(directory: str, count: int, size: int, index: int) -> Timing:
     _enter(directory)
     names = _names(index, count)
-    start = _go()
+    start = go()
     return _read_files(names, size), start, time.monotonic()
 
 
@@ -167,12 +169,12 @@ def read_files_hot(directory: str, count: int, size: int, seconds: float, index:
 def make_entries(directory: str, count: int, index: int) -> Timing:
     """A directory of empty files, made once."""
     if os.path.isdir(directory) and len(os.listdir(directory)) == count:
-        return 0, _go(), time.monotonic()
+        return 0, go(), time.monotonic()
     return create(directory, count, index)
 
 
 def list_names(directory: str, count: int, index: int) -> Timing:
-    start = _go()
+    start = go()
     if len(os.listdir(directory)) != count:
         raise ValueError(f"{directory} does not list {count} names")
     return count, start, time.monotonic()
@@ -195,7 +197,7 @@ def _list_attributes() -> float:
 
 def list_attributes(directory: str, count: int, index: int) -> Timing:
     _enter(directory)
-    start = _go()
+    start = go()
     if _list_attributes() != count:
         raise ValueError(f"{directory} does not list {count} names")
     return count, start, time.monotonic()
@@ -214,7 +216,7 @@ def write_big(path: str, mib: int, block: int, index: int) -> Timing:
     data = os.urandom(block)
     if os.path.exists(path):
         os.unlink(path)
-    start = _go()
+    start = go()
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     for _ in range(mib * MIB // block):
         if os.write(fd, data) != block:
@@ -235,7 +237,7 @@ def _read_big(path: str, buffer: bytearray) -> float:
 
 def read_big(path: str, mib: int, index: int) -> Timing:
     buffer = bytearray(MIB)
-    start = _go()
+    start = go()
     if _read_big(path, buffer) != mib:
         raise ValueError(f"{path} is short")
     return mib, start, time.monotonic()
@@ -258,7 +260,7 @@ def random_read(path: str, count: int, index: int) -> Timing:
     buffers = [bytearray(4 * KIB)]
     fd = os.open(path, os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    start = _go()
+    start = go()
     for offset in offsets:
         if os.preadv(fd, buffers, offset) != 4 * KIB:
             raise ValueError("short read")
@@ -284,7 +286,7 @@ def random_write(path: str, count: int, fsync_every: int, index: int) -> Timing:
     offsets = _offsets(path, count, index)
     data = os.urandom(4 * KIB)
     fd = os.open(path, os.O_WRONLY)
-    start = _go()
+    start = go()
     for number, offset in enumerate(offsets, 1):
         if os.pwrite(fd, data, offset) != 4 * KIB:
             raise ValueError("short write")
@@ -297,7 +299,7 @@ def random_write(path: str, count: int, fsync_every: int, index: int) -> Timing:
 def append(path: str, count: int, index: int) -> Timing:
     data = os.urandom(4 * KIB)
     fd = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND, 0o644)
-    start = _go()
+    start = go()
     for _ in range(count):
         os.write(fd, data)
         os.fsync(fd)
@@ -333,7 +335,7 @@ def command(
             raise ValueError(f"{words[0]}: status {done.returncode}: {done.stderr.strip().partition(chr(10))[0]}")
         return files
 
-    start = _go()
+    start = go()
     operations = body()
     end = time.monotonic()
     while end - start < seconds:
@@ -356,7 +358,7 @@ def sqlite(path: str, journal: str, count: int, index: int) -> Timing:
     if mode != journal:
         raise ValueError(f"journal mode {mode}, not {journal}")
     database.execute("CREATE TABLE item (id INTEGER PRIMARY KEY, text TEXT)")
-    start = _go()
+    start = go()
     for number in range(count):
         database.execute("INSERT INTO item VALUES (?, ?)", (number, "x" * 100))
     end = time.monotonic()
@@ -368,13 +370,13 @@ def sqlite(path: str, journal: str, count: int, index: int) -> Timing:
 
 
 def remove(paths: list[str], index: int) -> Timing:
-    start = _go()
+    start = go()
     subprocess.run(["rm", "-rf", "--", *paths], check=True)
     return len(paths), start, time.monotonic()
 
 
 def make_directory(path: str, index: int) -> Timing:
-    start = _go()
+    start = go()
     os.makedirs(path, exist_ok=True)
     return 1, start, time.monotonic()
 
@@ -382,7 +384,7 @@ def make_directory(path: str, index: int) -> Timing:
 def drop_caches(settle: float, index: int) -> Timing:
     """Dirty data to disk, then the kernel's pages, dentries and inodes away; wait until the servers have taken the
     FORGETs that follow (they are not answered, so nothing tells)."""
-    start = _go()
+    start = go()
     os.sync()
     with open("/proc/sys/vm/drop_caches", "w") as file:
         file.write("3\n")

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +29,51 @@ from bench.throughput import wanted_figures
 class Comparison:
     """The systems that could be mounted, and their results."""
 
-    def __init__(self, base: Path, scale: Scale) -> None:
-        self._base = base
+    def __init__(self, scale: Scale, plan: Callable[[str], Plan]) -> None:
+        """``plan`` makes that for a work directory."""
         self._scale = scale
-        self._sources = sources.make(base, scale.tree_files)
+        self._plan = plan
         self.systems: list[System] = []
         self.results: dict[str, Results] = {}
+        self.left_out: dict[str, str] = {}
+        """Why those that could not be mounted are not among the systems."""
 
-    def mount(self, names: Sequence[str], environment: peers.PeersEnvironment) -> None:
+    def mount(self, systems: Iterable[System]) -> None:
         """Those that are missing or do not start are left out, with a line that says why."""
-        for name in names:
-            system = SYSTEMS[name](self._base, environment)
+        for system in systems:
             try:
                 system.prepare()
                 system.mount()
             except (peers.Missing, ServerError) as error:
-                say(f"{name} is left out: {error}")
+                self.left_out[system.name] = str(error)
+                say(f"{system.name} is left out: {error}")
                 continue
-            say(f"{name}: server process {system.server_pid()}" if system.server_pid() else f"{name}: {system.root}")
+            pid = system.server_pid()
+            say(f"{system.name}: server process {pid}" if pid else f"{system.name}: {system.root}")
             self.systems.append(system)
-            self.results[name] = Results()
+            self.results[system.name] = Results()
 
     def run(self, wanted: Sequence[str], rounds: int) -> None:
-        groups = {system.name: Plan(system.root, self._scale, self._sources).chosen(wanted) for system in self.systems}
-        count = max(len(chosen) for chosen in groups.values())
+        names = [group.name for group in self._plan("").chosen(wanted)]
         order = list(self.systems)
         for number in range(rounds):
-            for position in range(count):
+            for name in names:
                 for system in order:
-                    group = groups[system.name][position]
-                    start = time.monotonic()
-                    try:
-                        system.revive()
-                        run_group(system, group, wanted, self._scale, self.results[system.name])
-                    except (StepError, ServerError) as error:
-                        say(f"{system.name}: {group.name}: {error}")
-                    seconds = time.monotonic() - start
-                    say(f"round {number + 1}: {group.name}: {system.name}: {seconds:.1f} s")
+                    self._run_group(system, name, wanted, number)
                 order.reverse()
+
+    def _run_group(self, system: System, name: str, wanted: Sequence[str], number: int) -> None:
+        mine = [figure for figure in wanted if system.figures is None or figure in system.figures]
+        group = next((group for group in self._plan(system.root).chosen(mine) if group.name == name), None)
+        if group is None:
+            return
+        start = time.monotonic()
+        try:
+            system.revive()
+            run_group(system, group, mine, self._scale, self.results[system.name])
+        except (StepError, ServerError) as error:
+            say(f"{system.name}: {group.name}: {error}")
+        say(f"round {number + 1}: {group.name}: {system.name}: {time.monotonic() - start:.1f} s")
 
     def unmount(self) -> None:
         for system in self.systems:
@@ -80,26 +87,33 @@ def say(line: str) -> None:
     print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
-def figures_table(comparison: Comparison, wanted: Sequence[str]) -> str:
-    """A column for each system, and one for polefs's ratio to each other one."""
+def figures_tables(comparison: Comparison, wanted: Sequence[str], goals: Mapping[str, float]) -> str:
+    """A table with a column for each system, and one with polefs's ratio to each other one. ``goals``: what it should
+    be to JuiceFS."""
     names = [system.name for system in comparison.systems]
     others = [name for name in names if name != "polefs"] if "polefs" in names else []
-    rows = []
+    goal = ["goal"] if "juicefs" in others else []
+    rows, ratios = [], []
     for figure in wanted:
         found = {name: comparison.results[name].figures.get(figure) for name in names}
         unit = next((value.unit for value in found.values() if value), "")
-        ratios = [report.ratio(found["polefs"], found[other]) for other in others]
-        goal = [f"{GOALS[figure]:g}"] if "juicefs" in others else []
-        cells = [report.cell(found[name]) for name in names]
-        rows.append([figure, unit, *cells, *(report.number(ratio) for ratio in ratios), *goal])
-    header = [
-        "figure",
-        "unit",
-        *names,
-        *(f"polefs/{other}" for other in others),
-        *(["goal"] if "juicefs" in others else []),
-    ]
-    return report.table(header, rows)
+        rows.append([figure, unit, *(report.cell(found[name]) for name in names)])
+        rated = (report.number(report.ratio(found["polefs"], found[other])) for other in others)
+        ratios.append([figure, *rated, *(f"{goals[figure]:g}" for _ in goal)])
+    tables = [report.table(["figure", "unit", *names], rows)]
+    if others:
+        tables.append(report.table(["figure", *(f"polefs/{other}" for other in others), *goal], ratios))
+    return "\n\n".join(tables)
+
+
+def errors(comparison: Comparison) -> Iterator[str]:
+    """A line for each figure that has failed, and each system that was left out."""
+    for name, why in comparison.left_out.items():
+        yield f"{name} is left out: {why}"
+    for name, results in comparison.results.items():
+        for figure, value in results.figures.items():
+            if value.error:
+                yield f"{name}: {figure}: {value.error}"
 
 
 def server_table(comparison: Comparison) -> str:
@@ -112,7 +126,8 @@ def server_table(comparison: Comparison) -> str:
     return report.table(["", "server CPU s", "server peak MiB", "clients CPU s", "unmounts s"], rows)
 
 
-def document(comparison: Comparison, options: argparse.Namespace) -> dict[str, Any]:
+def document(comparison: Comparison) -> dict[str, Any]:
+    """All figures, and what the servers took."""
     systems = {}
     for system in comparison.systems:
         usage = system.usage()
@@ -121,7 +136,7 @@ def document(comparison: Comparison, options: argparse.Namespace) -> dict[str, A
             "server": {"cpu_seconds": usage.cpu_seconds, "peak_mib": usage.peak_mib} if usage else None,
             "unmount_seconds": system.unmount_seconds,
         }
-    return {"machine": report.machine(), "quick": options.quick, "rounds": options.rounds, "systems": systems}
+    return {"machine": report.machine(), "systems": systems, "left_out": comparison.left_out}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,9 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     mounts.enter_private_namespace()
     base = Path(tempfile.mkdtemp(prefix="bench.", dir=options.dir))
     try:
-        comparison = Comparison(base, QUICK if options.quick else FULL)
+        scale = QUICK if options.quick else FULL
+        trees = sources.make(base, scale.tree_files)
+        comparison = Comparison(scale, lambda root: Plan(root, scale, trees))
+        environment = peers.PeersEnvironment(options.peers_venv)
         try:
-            comparison.mount(options.systems, peers.PeersEnvironment(options.peers_venv))
+            comparison.mount(SYSTEMS[name](base, environment) for name in options.systems)
             if not comparison.systems:
                 raise SystemExit("bench: nothing to measure")
             comparison.run(wanted, options.rounds)
@@ -164,17 +182,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"left behind: {base}")
         else:
             shutil.rmtree(base, ignore_errors=True)
-    print(figures_table(comparison, wanted))
+    print(figures_tables(comparison, wanted, GOALS))
     print()
     print(server_table(comparison))
-    for name, results in comparison.results.items():
-        for figure, value in results.figures.items():
-            if value.error:
-                print(f"{name}: {figure}: {value.error}")
+    for line in errors(comparison):
+        print(line)
     for line in shortfalls(comparison.results):
         print(line)
     if options.json:
-        report.write_json(options.json, document(comparison, options))
+        conditions = {"quick": options.quick, "rounds": options.rounds}
+        report.write_json(options.json, {**document(comparison), **conditions})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bench.figures import FULL, Plan, Sources
 from bench.report import ratio
 from bench.runner import Figure, Results
+from bench.s3figures import SMALL_KIB, S3Plan
 
 THREEFOLD = {
     *("create_1p", "create_4p", "rename", "unlink", "mkdir", "rmdir", "write4k_file"),
@@ -32,6 +33,39 @@ def shortfalls(results: Mapping[str, Results]) -> list[str]:
         if reached is not None and reached < goal:
             short.append((reached / goal, f"short of its goal: {name} {reached:.2f} of JuiceFS, goal {goal:g}"))
     return [line for _, line in sorted(short)]
+
+
+class S3Goal(NamedTuple):
+    """polefs must reach ``share`` of what ``other`` does in this figure of ``bench.s3compare``."""
+
+    figure: str
+    other: str
+    share: float
+
+
+S3_MEMORY_MIB = 300.0
+"""The most that polefs may take under all of it."""
+
+_S3_THREEFOLD = {f"write{size}k_{kind}" for size in SMALL_KIB for kind in ("file", "fsync")}
+S3_GOALS = [
+    *(
+        S3Goal(figure, other, 3.0 if figure in _S3_THREEFOLD else 1.0)
+        for group in S3Plan("", FULL, Sources("", "")).groups()
+        for figure in group.figures()
+        for other in ("juicefs", "juicefs-redis")
+    ),
+    *(S3Goal(figure, "raw", 0.8) for figure in ("seqwrite", "seqread_cold")),
+    *(S3Goal(figure, "plain", 0.9) for figure in ("seqread_warm", "seqread_hot", "randread4k_warm", "randread4k_hot")),
+]
+
+
+def s3_goals(results: Mapping[str, Results]) -> Iterator[tuple[S3Goal, float]]:
+    """Each goal whose figures there are, and the share that was reached."""
+    for goal in S3_GOALS:
+        found = (results[name].figures.get(goal.figure) if name in results else None for name in ("polefs", goal.other))
+        reached = ratio(*found)
+        if reached is not None:
+            yield goal, reached
 
 
 class RequestGoal(NamedTuple):

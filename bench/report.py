@@ -94,7 +94,8 @@ def results_json(results: Results) -> dict[str, Any]:
 
 
 def draw(python: str, path: str, document: Mapping[str, Any]) -> None:
-    """The figures of ``bench.requests`` as a PNG, drawn by a Python that has matplotlib. `peers.Missing`."""
+    """The ``comparisons`` of a document as a PNG under its ``title``, drawn by a Python that has matplotlib.
+    `peers.Missing`."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(document, file)
         file.flush()

@@ -258,6 +258,7 @@ def _report(
     for line in [*goals.request_goals(figures), *goals.favoured_transport(figures)]:
         print(line)
     document = {
+        "title": "FUSE requests",
         "machine": report.machine(),
         "rounds": options.rounds,
         "comparisons": {comparison.title: comparison.document() for comparison in comparisons},

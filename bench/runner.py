@@ -18,7 +18,9 @@ from typing import Protocol
 from bench.figures import Group, Scale, Step
 from bench.servers import Usage
 
-CLIENT = str(Path(__file__).with_name("client.py"))
+CLIENT = (sys.executable, "-I", "-S", str(Path(__file__).with_name("client.py")))
+"""The program that does a step in a directory; the workload and its arguments follow."""
+
 DEADLINE_SECONDS = 60.0
 ERROR = "error"
 
@@ -29,6 +31,8 @@ class Target(Protocol):
     name: str
     root: str
     """The work directory in it."""
+    client: Sequence[str]
+    """``CLIENT``, or another program that does the same steps to something that is no file system."""
 
     def trouble(self) -> str:
         """Why it cannot be measured (any more), empty when it can."""
@@ -124,7 +128,7 @@ def run_step(target: Target, step: Step) -> Outcome:
     commands = []
     for index in range(step.processes):
         arguments = json.dumps({**step.arguments, "index": index})
-        commands.append([sys.executable, "-I", "-S", CLIENT, step.workload, arguments])
+        commands.append([*target.client, step.workload, arguments])
     return run_clients(commands, target.abort)
 
 

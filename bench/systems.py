@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from bench import peers
-from bench.runner import StepError
+from bench.runner import CLIENT, StepError
 from bench.servers import Server, ServerError, Usage
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,6 +19,9 @@ class System:
     """One file system, all of it below ``base``. A `Target` of the runner between ``mount`` and ``unmount``."""
 
     name = ""
+    client: Sequence[str] = CLIENT
+    figures: Collection[str] | None = None
+    """Those that make sense for it; None: all."""
 
     def __init__(self, base: Path, environment: peers.PeersEnvironment) -> None:
         self.base = base / self.name
@@ -141,11 +144,16 @@ class JuiceFS(System):
 
     def prepare(self) -> None:
         self._program = self.environment.program("juicefs")
-        self._meta = f"sqlite3://{self.base / 'meta.db'}"
+        self._meta = self._metadata()
         self._cache = self.base / "cache"
-        bucket = f"{self.base / 'objects'}/"
-        words = [self._program, "format", "--storage", "file", "--bucket", bucket, self._meta, "bench"]
+        words = [self._program, "format", *self._storage(), self._meta, "bench"]
         peers.run("format a JuiceFS volume", words, {**os.environ, **self.environ()})
+
+    def _metadata(self) -> str:
+        return f"sqlite3://{self.base / 'meta.db'}"
+
+    def _storage(self) -> list[str]:
+        return ["--storage", "file", "--bucket", f"{self.base / 'objects'}/"]
 
     def command(self) -> list[str]:
         cache = ["--cache-dir", str(self._cache), "--no-usage-report"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import report, servers, sources
 from bench.figures import FULL, QUICK, Plan, Sources, Step
-from bench.runner import Results, StepError, run_group, run_step
+from bench.runner import CLIENT, Results, StepError, run_group, run_step
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Directory:
     root: str
     server_pid: int | None = None
     remount_command: str | None = None
+    client: Sequence[str] = CLIENT
 
     def trouble(self) -> str:
         return ""

@@ -91,6 +91,11 @@ class SeaweedServer:
         return f"http://127.0.0.1:{self.port}"
 
     @property
+    def filer(self) -> str:
+        """Where its own clients find it: host, port and gRPC port."""
+        return f"127.0.0.1:{self._ports['filer.port']}.{self._ports['filer.port.grpc']}"
+
+    @property
     def environment(self) -> dict[str, str]:
         """What a client's environment needs to be let in."""
         return {
