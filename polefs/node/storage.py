@@ -102,7 +102,7 @@ async def open_objects(volume: Volume) -> ObjectStore:
             raise
     except OSError as error:
         raise Refusal(error.errno or errno.EIO, plain(error)) from error
-    store.deadline = DEADLINE
+    store.set_deadline(DEADLINE)
     return store
 
 

@@ -27,10 +27,10 @@ def is_transient(error: BaseException) -> bool:
 
 def for_programs(error: OSError) -> OSError:
     """What a program is told that reads or writes a file: the errno of read(2), write(2) and fsync(2), not that of
-    the store's own troubles (EACCES for wrong keys, ECONNREFUSED …)."""
+    the store's own troubles (EACCES for wrong keys …); ETIMEDOUT when the store has been out of reach for too long."""
     if not isinstance(error, StoreError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
         return error
-    return OSError(errno.EIO, error.strerror)
+    return OSError(errno.ETIMEDOUT if error.transient else errno.EIO, error.strerror)
 
 
 class ObjectInfo(msgspec.Struct, frozen=True):
@@ -54,6 +54,16 @@ UNLIMITED = Space(1 << 50, 1 << 50, 1 << 50, 1 << 40, 1 << 40)
 
 class ObjectStore(Protocol):
     """Failures are ``OSError``: ENOENT for a missing key, ENOSPC, EIO … as the store reports them."""
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when the store has been out of reach, in the time of the event loop: every attempt from then on has
+        failed. None when the last one has not."""
+        ...
+
+    def set_deadline(self, seconds: float) -> None:
+        """For how long operations, also those under way, make further attempts while the store is out of reach."""
+        ...
 
     async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         """Write one object from its parts, in order. Returns once the object is durable. After a failure or a crash the

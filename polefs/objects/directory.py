@@ -32,6 +32,7 @@ class DirectoryStore:
     Blocking calls run in ``threads`` threads of its own. Errors are those of the underlying file system."""
 
     def __init__(self, path: str, *, threads: int = 4) -> None:
+        self.away_since: float | None = None
         self._root = os.path.abspath(path)
         self._incoming = os.path.join(self._root, _TEMPORARY)
         os.makedirs(self._incoming, exist_ok=True)
@@ -43,6 +44,9 @@ class DirectoryStore:
         self._known_directories: set[str] = set()
         # _open is used by the event loop and by the threads.
         self._lock = threading.Lock()
+
+    def set_deadline(self, seconds: float) -> None:
+        """It is never out of reach."""
 
     async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         """EEXIST when the key exists: objects are immutable."""

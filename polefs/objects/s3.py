@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from polefs.objects.base import UNLIMITED, ObjectInfo, Space
@@ -50,15 +50,27 @@ class S3Store:
         self._client = client
         self._resources = resources
         self._operator = Operator(location.url, deadline)
+        self.before_use: Callable[[], Awaitable[None]] | None = None
+        """Called before objects are read, written, listed or deleted, until it has once returned; what it raises is
+        raised."""
 
     @property
     def deadline(self) -> float:
-        """Of an operation, seconds. May be changed at any time; it counts for those that begin later."""
+        """Seconds, after which an operation makes no further attempt. Starts at that of ``open``."""
         return self._operator.deadline
 
-    @deadline.setter
-    def deadline(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         self._operator.deadline = seconds
+        self.plane.limit_silence(seconds)
+
+    @property
+    def away_since(self) -> float | None:
+        return self._operator.away_since
+
+    async def _use(self) -> None:
+        if self.before_use is not None:
+            await self.before_use()
+            self.before_use = None
 
     @classmethod
     async def open(cls, location: S3Location, *, deadline: float = DEADLINE, connections: int = 64) -> S3Store:
@@ -101,12 +113,15 @@ class S3Store:
                 resources.push_async_callback(plane.close)
             except Exception as error:
                 raise explain(error, location.url) from error
-            return cls(location, client, plane, resources.pop_all(), deadline)
+            store = cls(location, client, plane, resources.pop_all(), deadline)
+            store.set_deadline(deadline)
+            return store
         raise AssertionError
 
     async def put(self, key: str, parts: Sequence[Buffer]) -> None:
         """When the key exists with the same bytes, that is a success: an earlier attempt's answer was lost.
         FileExistsError when it holds others, and the server tells."""
+        await self._use()
         size = sum(map(len, parts))
         send = self._put_in_parts if size > MULTIPART_ABOVE else self._put
         if not await send(key, parts, size, conditional=self.location.conditional_put):
@@ -139,6 +154,7 @@ class S3Store:
     async def get(self, key: str, offset: int, length: int) -> bytes | memoryview:
         if not length:
             return b""
+        await self._use()
         name = self.location.key(key)
 
         async def attempt() -> bytes | memoryview:
@@ -165,10 +181,12 @@ class S3Store:
         return await self._operator.run(attempt, self.url(key), limit)
 
     async def delete(self, keys: Sequence[str]) -> None:
+        await self._use()
         for first in range(0, len(keys), _DELETE_MAX):
             await self._delete(keys[first : first + _DELETE_MAX])
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        await self._use()
         start = self.location.key("")
         token: str | None = None
         while True:

@@ -175,7 +175,8 @@ def _explain_transport(error: Exception, url: str) -> OSError:
                 return _no_http(url)
             return StoreError(errno.ECONNRESET, f"{url}: connection lost: {error.strerror}", transient=True)
         case TimeoutError():
-            return StoreError(errno.ETIMEDOUT, f"{url}: the server does not answer in time", transient=True)
+            text = f"{url}: the server does not answer in time: check the network and --endpoint"
+            return StoreError(errno.ETIMEDOUT, text, transient=True)
         case OSError():
             number = error.errno or errno.ECONNRESET
             return StoreError(number, f"{url}: connection lost: {os.strerror(number)}", transient=True)

@@ -65,18 +65,21 @@ class Fetcher:
         self._room = asyncio.Semaphore(limit)
         self._idle: list[_Connection] = []
         self._closed = False
+        self._silence = SILENCE_SECONDS
+        self._busy: set[_Connection] = set()
 
     async def get(self, target: str, headers: Mapping[str, str], length: int) -> Response:
-        """The answer to GET of ``target`` (path and query). A 206 has up to ``length`` bytes in its body; of others
-        the first 64 KiB are kept. ConnectError, BrokenAnswer, TimeoutError."""
+        """The answer to GET of ``target`` (path and query). A 206 has up to ``length`` bytes in its body; of others,
+        and of one that is longer, the first 64 KiB are kept. ConnectError, BrokenAnswer, TimeoutError."""
         lines = [f"GET {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
         request = "\r\n".join(lines).encode("latin-1")
         async with self._room:
             while True:
                 kept = self._take()
                 connection = kept or await self._connect()
+                self._busy.add(connection)
                 try:
-                    answer = await connection.request(request, length)
+                    answer = await connection.request(request, length, self._silence)
                 except _Stale:
                     if kept is None:
                         raise BrokenAnswer(errno.ECONNRESET, "closed before the answer") from None
@@ -84,11 +87,19 @@ class Fetcher:
                 except BaseException:
                     connection.abort()
                     raise
+                finally:
+                    self._busy.discard(connection)
                 if connection.reusable and not self._closed:
                     self._idle.append(connection)
                 else:
                     connection.abort()
                 return answer
+
+    def limit_silence(self, seconds: float) -> None:
+        """How long an answer may not go on before it is given up, also one that is awaited already."""
+        self._silence = seconds
+        for connection in self._busy:
+            connection.limit_silence(seconds)
 
     def close(self) -> None:
         self._closed = True
@@ -132,6 +143,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._headers: dict[str, str] = {}
         self._status = 0
         self._length = 0
+        self._other_max = 0
+        self._whole = True
+        """The end of the connection is that of the answer."""
+        self._silence_seconds = 0.0
         self._body: memoryview | None = None
         """Of the answer that was asked for: filled up to ``_filled``, at first from what came with the head."""
         self._filled = 0
@@ -141,23 +156,30 @@ class _Connection(asyncio.BufferedProtocol):
         """More has come than the answer to our request."""
         self._silence: asyncio.TimerHandle
 
-    async def request(self, request: bytes, length: int) -> Response:
+    async def request(self, request: bytes, length: int, silence: float) -> Response:
         self._waiter = self._loop.create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._headers = {}
         self._status = 0
         self._length = length
+        self._other_max = _OTHER_MAX
+        self._silence_seconds = silence
         self._body = None
         self._other = bytearray()
         self._answered = self._surplus = False
         self.used = self._loop.time()
         self._transport.write(request)
-        self._silence = self._loop.call_later(SILENCE_SECONDS, self._check_silence)
+        self._silence = self._loop.call_later(silence, self._check_silence)
         try:
             return await self._waiter
         finally:
             self._silence.cancel()
             self._waiter = None
+
+    def limit_silence(self, seconds: float) -> None:
+        self._silence_seconds = seconds
+        self._silence.cancel()
+        self._check_silence()
 
     def abort(self) -> None:
         self.reusable = False
@@ -187,9 +209,9 @@ class _Connection(asyncio.BufferedProtocol):
                 return
         if self._body is not None and self._filled == len(self._body):
             self._finish(self._body)
-        elif self._answered or len(self._other) > _OTHER_MAX:
+        elif self._answered or len(self._other) > self._other_max:
             self.reusable = self.reusable and self._answered
-            self._finish(bytes(self._other[:_OTHER_MAX]))
+            self._finish(bytes(self._other[: self._other_max]))
 
     def eof_received(self) -> None:
         self.connection_lost(None)
@@ -200,9 +222,8 @@ class _Connection(asyncio.BufferedProtocol):
             return
         if not self._status:
             self._waiter.set_exception(_Stale())
-        elif error is None and self._body is None and "content-length" not in self._headers:
-            # The body of such an answer ends with the connection.
-            self._finish(bytes(self._other[:_OTHER_MAX]))
+        elif error is None and self._whole:
+            self._finish(bytes(self._other[: self._other_max]))
         else:
             self._fail(BrokenAnswer(errno.ECONNRESET, "the answer broke off"))
 
@@ -226,8 +247,14 @@ class _Connection(asyncio.BufferedProtocol):
             return
         self._status = status
         self.reusable = self._parser.should_keep_alive()
-        length = self._headers.get("content-length", "")
-        if status == 206 and length.isdecimal() and int(length) <= self._length:
+        length = self._headers.get("content-length")
+        # A part that ends with the connection might as well have broken off.
+        self._whole = length is None and "transfer-encoding" not in self._headers and status != 206
+        if status != 206:
+            return
+        if length is None:
+            self._other_max = max(self._length, _OTHER_MAX)
+        elif length.isdecimal() and int(length) <= self._length:
             self._body = memoryview(bytearray(int(length)))
             self._filled = 0
 
@@ -237,7 +264,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self._body is not None:
             self._body[self._filled : self._filled + len(data)] = data
             self._filled += len(data)
-        elif len(self._other) <= _OTHER_MAX:
+        elif len(self._other) <= self._other_max:
             self._other += data
 
     def on_message_complete(self) -> None:
@@ -255,7 +282,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._waiter.set_exception(error)
 
     def _check_silence(self) -> None:
-        left = self.used + SILENCE_SECONDS - self._loop.time()
+        left = self.used + self._silence_seconds - self._loop.time()
         if left > 0:
             self._silence = self._loop.call_later(left, self._check_silence)
         else:

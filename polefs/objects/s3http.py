@@ -13,7 +13,8 @@ import errno
 import ssl
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
@@ -45,6 +46,9 @@ _READ_AHEAD: Final = 1 << 20
 _INLINE_MAX: Final = 1 << 20
 """The checksum of more bytes than this is computed in a thread."""
 
+_SENT: Final = 256 << 10
+"""Bytes that are sent in one go: on a slow line, a connection is not taken for silent while they go."""
+
 
 class DataPlane:
     """Requests for the objects of one bucket. They raise what aiohttp and botocore raise, and ``AnswerError`` for an
@@ -67,6 +71,8 @@ class DataPlane:
         self._host = _host_header(parts)
         self._session = session
         self._fetcher = fetcher
+        self._silence = SILENCE_SECONDS
+        self._watches: set[asyncio.Timeout] = set()
         self._credentials = credentials
         self._signer = S3SigV4Auth(None, service, self.region)
         self._config = config
@@ -90,13 +96,34 @@ class DataPlane:
             fetcher = Fetcher(parts.hostname, parts.port or _PORTS[parts.scheme], tls, connections)
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, ssl=tls or True),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENCE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             proxy=proxy,
             auto_decompress=False,
             read_bufsize=_READ_AHEAD,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
         return cls(session, fetcher, credentials, config, presigned)
+
+    def limit_silence(self, seconds: float) -> None:
+        """How long a connection may be silent, in place of ``SILENCE_SECONDS`` if that is less; also one of a request
+        that is under way."""
+        self._silence = min(seconds, SILENCE_SECONDS)
+        if self._fetcher is not None:
+            self._fetcher.limit_silence(self._silence)
+        ends = asyncio.get_running_loop().time() + self._silence
+        for watch in self._watches:
+            watch.reschedule(min(watch.when() or ends, ends))
+
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[Callable[[], None]]:
+        """TimeoutError when for too long nothing has moved, as the function that it yields is called to tell."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self._silence) as watch:
+            self._watches.add(watch)
+            try:
+                yield lambda: watch.reschedule(loop.time() + self._silence)
+            finally:
+                self._watches.discard(watch)
 
     def url(self, key: str) -> str:
         """The address of an object, quoted as signatures have it (Signature Version 4, UriEncode)."""
@@ -131,17 +158,15 @@ class DataPlane:
         if query:
             url += "?" + urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
         signed = await self._sign(method, url, headers)
-        data = None if body is None else _Body(body)
-        async with self._session.request(method, URL(url, encoded=True), headers=signed, data=data) as response:
-            if response.status >= 300:
-                text = await response.content.read(_ERROR_MAX)
-                raise AnswerError(_read_error(response.status, response.headers, text))
-            length = response.content_length
-            if length is not None and length <= limit:
-                content = await response.read()
-            else:
-                content = await _read_part(response.content, limit)
-            return Response(response.status, response.headers, content)
+        async with self._watched() as moved:
+            data = None if body is None else _Body(body, moved)
+            async with self._session.request(method, URL(url, encoded=True), headers=signed, data=data) as response:
+                moved()
+                if response.status >= 300:
+                    text = await response.content.read(_ERROR_MAX)
+                    raise AnswerError(_read_error(response.status, response.headers, text))
+                content = await _read_part(response.content, limit, moved)
+                return Response(response.status, response.headers, content)
 
     async def close(self) -> None:
         if self._fetcher is not None:
@@ -165,16 +190,21 @@ class _Body(aiohttp.Payload):
 
     _autoclose = True
 
-    def __init__(self, parts: Sequence[Buffer]) -> None:
+    def __init__(self, parts: Sequence[Buffer], moved: Callable[[], None]) -> None:
+        """``moved`` is called whenever some of it has gone to the kernel."""
         super().__init__(parts)
         self._size = sum(map(len, parts))
+        self._moved = moved
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("not a text")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         for part in self._value:
-            await writer.write(part)
+            view = memoryview(part)
+            for start in range(0, len(view), _SENT):
+                await writer.write(view[start : start + _SENT])
+                self._moved()
 
 
 def _trusting(ca_bundle: str | None) -> ssl.SSLContext:
@@ -200,10 +230,11 @@ def _checksum(parts: Sequence[Buffer]) -> str:
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
-async def _read_part(stream: aiohttp.StreamReader, limit: int) -> bytes:
+async def _read_part(stream: aiohttp.StreamReader, limit: int, moved: Callable[[], None]) -> bytes:
     found = bytearray()
     while len(found) < limit and (more := await stream.read(limit - len(found))):
         found += more
+        moved()
     return bytes(found)
 
 

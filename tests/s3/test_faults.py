@@ -142,8 +142,8 @@ def test_the_server_is_down_and_comes_back(place: Place, proxy: FaultProxy) -> N
 @pytest.mark.parametrize(
     ("fault", "number", "says"),
     [
-        (Fault.HANG, errno.ETIMEDOUT, "no answer in 1 s: check the network and --endpoint"),
-        (Fault.TRICKLE, errno.ETIMEDOUT, "no answer in"),
+        (Fault.HANG, errno.ETIMEDOUT, "does not answer in time: check the network and --endpoint"),
+        (Fault.TRICKLE, errno.ETIMEDOUT, "does not answer in time"),
         (Fault.RESET, errno.ECONNRESET, "connection lost"),
         (Fault.HALF_ANSWER, errno.ECONNRESET, "connection lost"),
         (Fault.SLOW_DOWN, errno.EIO, "the server cannot serve it now: 503 SlowDown"),
@@ -155,14 +155,46 @@ def test_the_deadline_and_its_reason(place: Place, proxy: FaultProxy, fault: Fau
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY[:1000]])
         proxy.inject(fault)
-        store.deadline = 1.0
+        store.set_deadline(1.0)
         with pytest.raises(StoreError, match=says) as caught:
             await store.get("k", 0, 1000)
-        store.deadline = 60.0
+        store.set_deadline(60.0)
         assert caught.value.errno == number
         assert caught.value.transient
+        assert store.away_since is not None
         proxy.heal()
         assert await store.get("k", 0, 1000) == BODY[:1000]
+        assert store.away_since is None
+
+    use(place, work)
+
+
+@pytest.mark.parametrize("fault", [Fault.HANG, Fault.RESET, Fault.INTERNAL_ERROR])
+def test_a_shorter_deadline_counts_at_once(place: Place, proxy: FaultProxy, fault: Fault) -> None:
+    """Also for an object that would have minutes for its bytes, and whatever operations are waiting for."""
+
+    async def work(store: S3Store) -> None:
+        await store.put("k", [BODY])
+        store.set_deadline(1e9)
+        proxy.inject(fault)
+        waiting = [asyncio.create_task(store.put("k2", [bytes(16 << 20)])), asyncio.create_task(store.get("k", 0, 9))]
+        await asyncio.wait(waiting, timeout=0.5)
+        await asyncio.to_thread(proxy.wait_for, fault)
+        store.set_deadline(0.2)
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(error, StoreError) and error.transient for error in found)
+
+    use(place, work)
+
+
+def test_an_upload_that_stalls_is_given_up_for_another(place: Place, proxy: FaultProxy) -> None:
+    """Long before the time that its bytes might take."""
+
+    async def work(store: S3Store) -> None:
+        store.plane.limit_silence(1.0)
+        proxy.inject(Fault.HANG, method="PUT", times=1)
+        await store.put("k", [bytes(8 << 20)])
+        assert proxy.tally.faults[Fault.HANG] == 1
 
     use(place, work)
 

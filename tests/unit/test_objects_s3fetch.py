@@ -17,6 +17,7 @@ from polefs.objects.s3fetch import BrokenAnswer, ConnectError, Fetcher
 
 T = TypeVar("T")
 BODY = os.urandom(300_000)
+CHUNKED = b"HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\n\r\n"
 CLOSE, RESET = object(), object()
 LOOP: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 
@@ -114,6 +115,8 @@ def test_pieces_of_any_size(step: int) -> None:
         ([b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"], 403, b"abcde"),
         ([b"HTTP/1.1 503 No\r\n\r\nuntil the end", CLOSE], 503, b"until the end"),
         ([b"HTTP/1.0 206 Partial\r\ncontent-length: 3\r\n\r\nabc", CLOSE], 206, b"abc"),
+        ([CHUNKED + b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"], 206, b"abcde"),
+        ([CHUNKED + b"%x\r\n" % len(BODY), BODY, b"\r\n0\r\n\r\n"], 206, BODY),
         ([answer(b"abc", "206 Partial Content", "X-Long: " + "y" * 40_000)], 206, b"abc"),
         ([b"HTTP/1.1 204 No Content\r\n\r\n"], 204, b""),
     ],
@@ -141,6 +144,8 @@ def test_more_than_was_asked_for_is_not_taken_into_memory() -> None:
         ([b"SSH-2.0-OpenSSH\r\n"], errno.EPROTO),
         ([b"\x00" * 100], errno.EPROTO),
         ([b"HTTP/1.1 206 x\r\nContent-Length: many\r\n\r\n"], errno.EPROTO),
+        ([b"HTTP/1.1 206 x\r\n\r\nperhaps not all of it", CLOSE], errno.ECONNRESET),
+        ([CHUNKED + b"5\r\nabcde\r\n", CLOSE], errno.ECONNRESET),
     ],
 )
 def test_broken_answers(sent: list[object], number: int) -> None:
