@@ -40,7 +40,7 @@ class Reclaimer:
     async def reclaim(self) -> None:
         """Delete the objects of all dead segments now."""
         async with self._lock:
-            while dead := await self._meta.dead_segments(_BATCH):
+            while dead := await self._meta.dead_segments(0, 0, _BATCH):
                 # The death must survive a loss of power before the object goes.
                 await self._meta.sync()
                 await self._objects.delete([segment_key(segment) for segment in dead])

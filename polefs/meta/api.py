@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Segment, SetAttr, Usage
+from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SetAttr, Usage
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -154,12 +154,37 @@ class MetaAPI(Protocol):
         """The last user of these is gone: those with nlink 0 are removed with all they hold. Others are passed over."""
         ...
 
-    async def dead_segments(self, limit: int) -> list[int]:
-        """Segments that no metadata refers to (and whose grace time is over): their objects may be deleted."""
+    # Garbage
+
+    async def dead_segments(self, grace: int, after: int, limit: int) -> list[int]:
+        """Segments greater than ``after``, by id, that no metadata has referred to for ``grace`` ns: after a ``sync``
+        their objects may be deleted."""
         ...
 
     async def forget_segments(self, ids: Sequence[int]) -> None:
         """Their objects are gone."""
+        ...
+
+    async def lost_segments(self, ids: Sequence[int]) -> list[int]:
+        """Those of these ids that no segment has, and that nobody else may commit any more. Those that this session has
+        reserved itself are its own to know."""
+        ...
+
+    async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:
+        """``(id, size, live)`` of segments with ids greater than ``after``, by id; ``live`` is how many bytes extents
+        refer to, each as often as they do."""
+        ...
+
+    async def segment_extents(self, segment: int, limit: int) -> list[tuple[int, Extent]]:
+        """``(ino, extent)`` of extents that refer to a segment, in no particular order."""
+        ...
+
+    async def move_extents(self, segments: Sequence[Segment], moves: Sequence[Move]) -> int:
+        """Record new segments, whose objects must exist already as for ``commit_data``, and let the same contents stand
+        there, in one transaction. What is not any more as the extent of a ``Move`` says (written, cut off, removed
+        since then) stays as it is, and so does all that was to go to an older segment that has died. Neither attributes
+        nor versions change. Returns the bytes moved. A new segment that got none is queued for deletion, as is an old
+        one that has lost its last. EEXIST for a segment id used before, EINVAL."""
         ...
 
     # The session

@@ -13,19 +13,16 @@ import logging
 import stat
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
 from polefs.meta.errors import error
-from polefs.meta.model import FILE_SIZE_MAX, INLINE_MAX, INODE_XATTR, DataCommit, Extent, Inode, Segment
+from polefs.meta.model import FILE_SIZE_MAX, INLINE_MAX, INODE_XATTR, DataCommit, Extent, Inode, Move, Segment
 from polefs.meta.namespace import existing
 from polefs.meta.store.base import Reader, Transaction
 
 log = logging.getLogger(__name__)
-
-_DELETION_GRACE = 0
-"""How long a dead segment is kept, ns: nothing, where no other mount may still read it."""
 
 _CHUNK = 1000
 """Extents of a removed file deleted in one transaction."""
@@ -103,7 +100,7 @@ async def _settle(tx: Transaction, live: Counter[int]) -> None:
             if left is None:
                 log.error("segment %d has no row", segment)
             elif left <= 0:
-                await tx.queue_deletion(segment, time.time_ns() + _DELETION_GRACE)
+                await tx.queue_deletion(segment, time.time_ns())
 
 
 def _drop_inline(inline: bytes, start: int, end: int) -> bytes:
@@ -116,12 +113,7 @@ def _drop_inline(inline: bytes, start: int, end: int) -> bytes:
 
 
 async def commit_data(tx: Transaction, segments: Sequence[Segment], commits: Sequence[DataCommit]) -> None:
-    new = {segment.id for segment in segments}
-    if len(new) != len(segments):
-        raise error(errno.EEXIST)
-    for id_ in new:
-        if await tx.live_bytes(id_) is not None:
-            raise error(errno.EEXIST)
+    new = await _check_new(tx, segments)
     for commit in commits:
         _check_commit(commit)
     for id_ in {extent.segment for commit in commits for extent in commit.extents} - new:
@@ -142,9 +134,25 @@ async def commit_data(tx: Transaction, segments: Sequence[Segment], commits: Seq
         if inode is not None:
             await _commit_file(tx, inode, commit, live)
     await _settle(tx, live)
+    await _bury(tx, segments, live)
+
+
+async def _check_new(tx: Reader, segments: Sequence[Segment]) -> set[int]:
+    """Their ids. EEXIST for one used before."""
+    new = {segment.id for segment in segments}
+    if len(new) != len(segments):
+        raise error(errno.EEXIST)
+    for id_ in new:
+        if await tx.live_bytes(id_) is not None:
+            raise error(errno.EEXIST)
+    return new
+
+
+async def _bury(tx: Transaction, segments: Iterable[Segment], live: Counter[int]) -> None:
+    """Queue those of the new segments that nothing refers to."""
     for segment in segments:
         if not live[segment.id]:
-            await tx.queue_deletion(segment.id, time.time_ns() + _DELETION_GRACE)
+            await tx.queue_deletion(segment.id, time.time_ns())
 
 
 def _check_commit(commit: DataCommit) -> None:
@@ -322,5 +330,60 @@ async def _delete_inode(tx: Transaction, inode: Inode) -> None:
     tx.add_usage(-len(inode.inline or b""), -1)
 
 
-async def dead_segments(tx: Reader, limit: int) -> list[int]:
-    return await tx.dead_segments(time.time_ns(), limit)
+# Garbage
+
+
+async def dead_segments(tx: Reader, grace: int, after: int, limit: int) -> list[int]:
+    return await tx.dead_segments(time.time_ns() - grace, after, limit)
+
+
+async def lost_segments(tx: Reader, ids: Sequence[int]) -> list[int]:
+    return [id_ for id_ in ids if await tx.live_bytes(id_) is None]
+
+
+async def segment_usage(tx: Reader, after: int, limit: int) -> list[tuple[int, int, int]]:
+    return await tx.segment_usage(after, limit)
+
+
+async def segment_extents(tx: Reader, segment: int, limit: int) -> list[tuple[int, Extent]]:
+    return await tx.segment_extents(segment, limit)
+
+
+async def move_extents(tx: Transaction, segments: Sequence[Segment], moves: Sequence[Move]) -> int:
+    new = await _check_new(tx, segments)
+    for move in moves:
+        if move.extent.length <= 0 or move.offset < 0 or move.extent.segment == move.segment:
+            raise error(errno.EINVAL)
+    # One that died meanwhile may have lost its object.
+    usable = new | {id_ for id_ in {move.segment for move in moves} - new if await tx.live_bytes(id_)}
+    if not segments and not usable:
+        return 0
+    await tx.add_segments([(segment, 0) for segment in segments])
+    live: Counter[int] = Counter()
+    moved = 0
+    for move in moves:
+        if move.segment in usable:
+            moved += await _move(tx, move, live)
+    await _settle(tx, live)
+    await _bury(tx, segments, live)
+    return moved
+
+
+async def _move(tx: Transaction, move: Move, live: Counter[int]) -> int:
+    """What is still there of the extent that is to be moved, moves; returns its bytes. The inode stays as it is: its
+    contents do."""
+    wanted = move.extent
+    moved = 0
+    for extent in await tx.extents(move.ino, wanted.offset, wanted.end):
+        part = _clip(extent, wanted.offset, wanted.end)
+        shift = part.offset - wanted.offset
+        if part.segment != wanted.segment or part.segment_offset != wanted.segment_offset + shift:
+            continue
+        if part == extent:
+            live[part.segment] -= part.length
+        else:
+            await _cut(tx, move.ino, part.offset, part.end, live)
+        await tx.put_extents(move.ino, [Extent(part.offset, part.length, move.segment, move.offset + shift)])
+        live[move.segment] += part.length
+        moved += part.length
+    return moved

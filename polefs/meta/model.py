@@ -147,6 +147,15 @@ class DataCommit(msgspec.Struct):
     inline: bytes | None = None
 
 
+class Move(msgspec.Struct, frozen=True):
+    """The bytes that ``extent`` of file ``ino`` refers to are those of ``segment`` at ``offset`` too."""
+
+    ino: int
+    extent: Extent
+    segment: int
+    offset: int
+
+
 class SetAttr(msgspec.Struct):
     """What a setattr changes; None stays as it is. Sizes are no attribute here: they change with the contents."""
 

@@ -384,7 +384,7 @@ COUNTS: Final = (
         "SELECT id FROM segment WHERE live = 0 AND id NOT IN (SELECT segment FROM deletion)",
         "segment {0} is dead, but not queued for deletion",
         (
-            "INSERT INTO deletion(segment, due) SELECT id, 0 FROM segment"
+            "INSERT INTO deletion(segment, since) SELECT id, 0 FROM segment"
             " WHERE live = 0 AND id NOT IN (SELECT segment FROM deletion)",
         ),
     ),

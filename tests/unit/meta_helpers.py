@@ -172,7 +172,7 @@ class Meta:
         return [(each.offset, each.length, each.segment, each.segment_offset) for each in found]
 
     def dead(self) -> list[int]:
-        return self.run(self.service.dead_segments(1000))
+        return self.run(self.service.dead_segments(0, 0, 1000))
 
 
 async def change_and_fail(tx: SqliteTransaction) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polefs.meta import contents
-from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, DataCommit, Extent, Inode, Segment
+from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, DataCommit, Extent, Inode, Move, Segment
 from polefs.meta.store.redo import Redo, Statement
 from tests.unit.meta_helpers import Meta, examples, fails, meta
 
@@ -146,7 +146,7 @@ def test_segments_die_and_are_forgotten(meta: Meta) -> None:
     useless = Segment(first, 10, ((10, 10, 1),))
     meta.run(meta.service.commit_data([useless, Segment(first + 1, 0, ())], []))
     assert meta.dead() == [first, first + 1]
-    assert meta.run(meta.service.dead_segments(1)) == [first]
+    assert meta.run(meta.service.dead_segments(0, 0, 1)) == [first]
     with fails(EIO):
         meta.commit(meta.file(b"f").ino, 1, extents=[Extent(0, 1, first, 0)])
     meta.run(meta.service.forget_segments([first, first + 1]))
@@ -274,6 +274,7 @@ _steps = st.lists(
         ),
         st.tuples(st.just("clone"), st.integers(0, 1), st.lists(st.tuples(_offset, _offset), min_size=2, max_size=2)),
         st.tuples(st.just("inline"), st.integers(0, 1), st.lists(st.tuples(_offset, _offset), min_size=1, max_size=1)),
+        st.tuples(st.just("move"), st.integers(0, 1), st.just([])),
     ),
     max_size=25,
 )
@@ -288,6 +289,7 @@ class Bytes:
         self.files = [bytearray(), bytearray()]
         self.inos = [meta.file(b"0").ino, meta.file(b"1").ino]
         self.segments: dict[int, bytes] = {}
+        self.seen: list[tuple[int, Extent]] = []
 
     def whole_inline(self, which: int) -> bool:
         return self.meta.get(self.inos[which]).inline is not None
@@ -361,6 +363,26 @@ class Bytes:
         content = self.random.randbytes(ranges[0][0])
         self.files[which][:] = content
         self.meta.commit(self.inos[which], len(content), inline=content)
+
+    def move(self, which: int, _: list[tuple[int, int]]) -> None:
+        """Where the extents were at the last such step, they go elsewhere; then those of a file are noted anew."""
+        service = self.meta.service
+        body = b""
+        places = []
+        for ino, extent in self.seen:
+            places.append((ino, extent, len(body)))
+            body += self.segments[extent.segment][extent.segment_offset :][: extent.length]
+        if body:
+            segment = self.meta.segment(len(body))
+            self.segments[segment.id] = body
+            moves = [Move(ino, extent, segment.id, at) for ino, extent, at in places]
+            before = sum(length for ino in self.inos for _, length, *_ in self.meta.extents(ino))
+            moved = self.meta.run(service.move_extents([segment], moves))
+            found = [each for ino in self.inos for each in self.meta.extents(ino)]
+            assert sum(length for _, length, *_ in found) == before
+            assert sum(length for _, length, number, _ in found if number == segment.id) == moved
+        ids = {segment for _, _, segment, _ in self.meta.extents(self.inos[which])}
+        self.seen = [each for id_ in ids for each in self.meta.run(service.segment_extents(id_, 1000))]
 
     def compare(self) -> None:
         for ino, model in zip(self.inos, self.files, strict=True):

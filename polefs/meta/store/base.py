@@ -63,8 +63,17 @@ class Reader(Protocol):
         """None when there is no such segment."""
         ...
 
-    async def dead_segments(self, due: int, limit: int) -> list[int]:
-        """Segments queued for deletion at or before ``due`` (ns)."""
+    async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:
+        """``(id, size, live bytes)`` of the segments with ids greater than ``after``, by id."""
+        ...
+
+    async def segment_extents(self, segment: int, limit: int) -> list[tuple[int, Extent]]:
+        """``(ino, extent)`` of extents that refer to a segment."""
+        ...
+
+    async def dead_segments(self, before: int, after: int, limit: int) -> list[int]:
+        """Segments greater than ``after``, by id, that were queued for deletion at or before the time ``before``
+        (ns)."""
         ...
 
     async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
@@ -138,7 +147,9 @@ class Transaction(Reader, Protocol):
         """Change a segment's live bytes; returns the new count, None when there is no such segment."""
         ...
 
-    async def queue_deletion(self, segment: int, due: int) -> None: ...
+    async def queue_deletion(self, segment: int, since: int) -> None:
+        """Note a segment that has been dead since then (ns)."""
+        ...
 
     async def delete_segments(self, ids: Sequence[int]) -> None:
         """Delete the rows of segments and of their queued deletions."""

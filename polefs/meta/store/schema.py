@@ -48,6 +48,7 @@ TABLES: Final = (
     """CREATE TABLE extent(
         ino INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL, segment INTEGER NOT NULL,
         segment_offset INTEGER NOT NULL, PRIMARY KEY (ino, offset)) WITHOUT ROWID""",
+    "CREATE INDEX extent_segment ON extent(segment)",
     # frames: MessagePack [[length, stored length, crc32c], ...]
     """CREATE TABLE segment(
         id INTEGER PRIMARY KEY, size INTEGER NOT NULL, live INTEGER NOT NULL, frames BLOB NOT NULL,
@@ -60,7 +61,7 @@ TABLES: Final = (
     """CREATE TABLE usage(
         id INTEGER PRIMARY KEY CHECK (id = 1), bytes INTEGER NOT NULL, inodes INTEGER NOT NULL,
         exact INTEGER NOT NULL)""",
-    "CREATE TABLE deletion(segment INTEGER PRIMARY KEY, due INTEGER NOT NULL)",
+    "CREATE TABLE deletion(segment INTEGER PRIMARY KEY, since INTEGER NOT NULL)",
 )
 
 INODE_COLUMNS: Final = tuple(field.name for field in msgspec.structs.fields(Inode))

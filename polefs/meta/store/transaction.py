@@ -362,13 +362,26 @@ class SqliteTransaction:
         rows = self._change(schema.ADD_LIVE, (delta, segment)).fetchall()
         return rows[0][0] if rows else None
 
-    async def queue_deletion(self, segment: int, due: int) -> None:
-        self.changes += 1
-        self._change("REPLACE INTO deletion(segment, due) VALUES (?, ?)", (segment, due))
+    async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:
+        return self._run(
+            "SELECT id, size, live FROM segment WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+        ).fetchall()
 
-    async def dead_segments(self, due: int, limit: int) -> list[int]:
+    async def segment_extents(self, segment: int, limit: int) -> list[tuple[int, Extent]]:
         rows = self._run(
-            "SELECT segment FROM deletion WHERE due <= ? ORDER BY segment LIMIT ?", (due, limit)
+            "SELECT ino, offset, length, segment, segment_offset FROM extent WHERE segment = ? LIMIT ?",
+            (segment, limit),
+        ).fetchall()
+        return [(row[0], Extent(*row[1:])) for row in rows]
+
+    async def queue_deletion(self, segment: int, since: int) -> None:
+        self.changes += 1
+        self._change("REPLACE INTO deletion(segment, since) VALUES (?, ?)", (segment, since))
+
+    async def dead_segments(self, before: int, after: int, limit: int) -> list[int]:
+        rows = self._run(
+            "SELECT segment FROM deletion WHERE segment > ? AND since <= ? ORDER BY segment LIMIT ?",
+            (after, before, limit),
         ).fetchall()
         return [row[0] for row in rows]
 
