@@ -36,6 +36,17 @@ def for_programs(error: OSError) -> OSError:
 class ObjectInfo(msgspec.Struct, frozen=True):
     key: str
     size: int
+    age: float
+    """Seconds since it was written, by the clock of the store."""
+
+
+class Upload(msgspec.Struct, frozen=True):
+    """An object on its way in parts. What is left of one that nobody goes on with takes up room like an object."""
+
+    key: str
+    id: str
+    age: float
+    """Seconds since it began, by the clock of the store."""
 
 
 class Space(msgspec.Struct, frozen=True):
@@ -88,7 +99,15 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """All objects whose keys start with ``prefix``, in no particular order."""
+        """All objects whose keys start with ``prefix``, in no particular order. Memory is needed for a page of them."""
+        ...
+
+    def uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
+        """As ``list``, uploads that have begun and neither been completed nor aborted."""
+        ...
+
+    async def abort(self, upload: Upload) -> None:
+        """End an upload; one that does not exist is no error."""
         ...
 
     async def space(self) -> Space:

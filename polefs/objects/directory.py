@@ -7,12 +7,13 @@ import errno
 import itertools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from polefs.objects.base import ObjectInfo, Space
+from polefs.objects.base import ObjectInfo, Space, Upload
 from polefs.objects.localio import OpenFile, read_available, read_cached, space_of, sync_directory, write_parts
 
 T = TypeVar("T")
@@ -74,6 +75,13 @@ class DirectoryStore:
         while page := await self._run(_page, walk):
             for info in page:
                 yield info
+
+    async def uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
+        for upload in list[Upload]():
+            yield upload
+
+    async def abort(self, upload: Upload) -> None:
+        pass
 
     async def space(self) -> Space:
         return await self._run(space_of, self._root)
@@ -173,7 +181,8 @@ class DirectoryStore:
                         if key != _TEMPORARY and (inside.startswith(prefix) or prefix.startswith(inside)):
                             pending.append(entry.path)
                     elif key.startswith(prefix):
-                        yield ObjectInfo(key, entry.stat(follow_symlinks=False).st_size)
+                        found = entry.stat(follow_symlinks=False)
+                        yield ObjectInfo(key, found.st_size, max(0.0, time.time() - found.st_mtime))
 
 
 def _page(walk: Iterator[ObjectInfo]) -> list[ObjectInfo]:

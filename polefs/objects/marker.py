@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from polefs.objects.base import StoreError
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 
 KEY = "polefs.json"
 _SIZE_MAX = 64 << 10

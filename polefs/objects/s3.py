@@ -12,24 +12,20 @@ import errno
 import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from polefs.objects.base import UNLIMITED, ObjectInfo, Space
+from polefs.objects.base import UNLIMITED, ObjectInfo, Space, StoreError, Upload
 from polefs.objects.location import S3Location
-from polefs.objects.s3errors import AnswerError, StoreError, explain
+from polefs.objects.s3delete import Deleter
+from polefs.objects.s3errors import AnswerError, explain
 from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS
 from polefs.objects.s3http import Buffer, DataPlane, checksum_of
+from polefs.objects.s3list import Lister
 from polefs.objects.s3multipart import MULTIPART_ABOVE, PART_SIZE, MultipartPut
 from polefs.objects.s3operate import DEADLINE, Operator
 
 if TYPE_CHECKING:
     from types_aiobotocore_s3.client import S3Client
-
-_LIST_PAGE: Final = 1000
-"""Keys in one answer, the most of S3 (ListObjectsV2)."""
-
-_DELETE_MAX: Final = 1000
-"""Keys in one request (S3 DeleteObjects)."""
 
 
 class S3Store:
@@ -50,6 +46,8 @@ class S3Store:
         self._client = client
         self._resources = resources
         self._operator = Operator(location.url, deadline)
+        self._lister = Lister(location, plane, self._operator, self.url)
+        self._deleter = Deleter(location, plane, self._operator, self.url)
         self.before_use: Callable[[], Awaitable[None]] | None = None
         """Called before objects are read, written, listed or deleted, until it has once returned; what it raises is
         raised."""
@@ -182,54 +180,35 @@ class S3Store:
 
     async def delete(self, keys: Sequence[str]) -> None:
         await self._use()
-        for first in range(0, len(keys), _DELETE_MAX):
-            await self._delete(keys[first : first + _DELETE_MAX])
+        await self._deleter.delete(keys)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         await self._use()
-        start = self.location.key("")
-        token: str | None = None
-        while True:
-            following = {"ContinuationToken": token} if token is not None else {}
+        async for info in self._lister.objects(prefix):
+            yield info
 
-            async def attempt(following: dict[str, str] = following) -> tuple[list[ObjectInfo], str | None]:
-                page = await self._client.list_objects_v2(
-                    Bucket=self.location.bucket,
-                    Prefix=start + prefix,
-                    MaxKeys=_LIST_PAGE,
-                    **following,  # type: ignore[arg-type]
-                )
-                found = [
-                    ObjectInfo(each["Key"][len(start) :], each["Size"])
-                    for each in page.get("Contents", ())
-                    if each["Key"].startswith(start)
-                ]
-                return found, page.get("NextContinuationToken")
+    async def uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
+        await self._use()
+        async for upload in self._lister.uploads(prefix):
+            yield upload
 
-            found, token = await self._operator.run(attempt, self.url(prefix))
-            for info in found:
-                yield info
-            if token is None:
-                return
+    async def abort(self, upload: Upload) -> None:
+        await self._use()
+
+        async def attempt() -> None:
+            try:
+                await self.plane.request("DELETE", self.location.key(upload.key), {}, query={"uploadId": upload.id})
+            except AnswerError as error:
+                if error.answer.status != 404:
+                    raise
+
+        await self._operator.run(attempt, self.url(upload.key))
 
     async def space(self) -> Space:
         return UNLIMITED
 
     async def close(self) -> None:
         await self._resources.aclose()
-
-    async def _delete(self, keys: Sequence[str]) -> None:
-        async def attempt() -> None:
-            answer = await self._client.delete_objects(
-                Bucket=self.location.bucket,
-                Delete={"Objects": [{"Key": self.location.key(key)} for key in keys], "Quiet": True},
-            )
-            for failed in answer.get("Errors", ()):
-                if failed.get("Code") != "NoSuchKey":
-                    text = f"{self.url(failed.get('Key', ''))}: {failed.get('Code')} ({failed.get('Message')})"
-                    raise StoreError(errno.EIO, f"cannot delete {text}", transient=True)
-
-        await self._operator.run(attempt, self.url(keys[0]))
 
     async def _put(self, key: str, parts: Sequence[Buffer], size: int, *, conditional: bool) -> bool:
         """False when the key exists and the server has therefore written nothing."""

@@ -13,10 +13,8 @@ import aiohttp
 import botocore.exceptions as boto
 import msgspec
 
-from polefs.objects.base import StoreError, is_transient
+from polefs.objects.base import StoreError
 from polefs.objects.s3fetch import BrokenAnswer, ConnectError
-
-__all__ = ["StoreError", "is_transient"]
 
 _KEYS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws/credentials"
 
@@ -41,6 +39,7 @@ _CODES: Final = {
     "QuotaExceeded": (errno.ENOSPC, "the bucket has reached its quota"),
     "XMinioStorageFull": (errno.ENOSPC, "the server's disks are full"),
     "NotImplemented": (errno.EOPNOTSUPP, "the server does not know this operation"),
+    "MethodNotAllowed": (errno.EOPNOTSUPP, "the server does not know this operation"),
     "InvalidRange": (errno.EIO, "the object is shorter than its metadata says"),
     "InvalidObjectState": (errno.EIO, "the object has been moved to an archive: restore it"),
 }
@@ -50,6 +49,7 @@ _STATUSES: Final = {
     301: "PermanentRedirect",
     403: "AccessDenied",
     404: "NoSuchKey",
+    405: "MethodNotAllowed",
     412: "PreconditionFailed",
     416: "InvalidRange",
     501: "NotImplemented",

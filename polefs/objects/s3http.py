@@ -26,7 +26,8 @@ from botocore.awsrequest import AWSRequest
 from botocore.exceptions import CredentialRetrievalError, NoCredentialsError
 from yarl import URL
 
-from polefs.objects.s3errors import Answer, AnswerError, StoreError
+from polefs.objects.base import StoreError
+from polefs.objects.s3errors import Answer, AnswerError
 from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS, Fetcher, Response
 
 if TYPE_CHECKING:

@@ -44,16 +44,18 @@ class MultipartPut:
 
     async def put(self, parts: Sequence[Buffer], size: int, *, conditional: bool, part_size: int) -> bool:
         """False when there is an object with this key; maybe ours, when the answer to an earlier attempt was lost.
-        After any other end than that the upload is aborted, so that the server gives its parts back."""
+        An upload that does not become the object is aborted, so that the server gives its parts back."""
         self._upload = await self._operator.run(self._create, self._url)
+        completed = False
         try:
             done = await self._send(parts, max(part_size, -(-size // _PARTS_MAX)))
-            return await self._complete(done, conditional=conditional)
-        except BaseException:
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(_ABORT_SECONDS):
-                    await self._operator.run(self._abort, self._url)
-            raise
+            completed = await self._complete(done, conditional=conditional)
+        finally:
+            if not completed:
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(_ABORT_SECONDS):
+                        await self._operator.run(self._abort, self._url)
+        return completed
 
     async def _create(self) -> str:
         answer = await self._client.create_multipart_upload(

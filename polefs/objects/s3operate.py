@@ -10,7 +10,8 @@ from typing import Final, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
-from polefs.objects.s3errors import explain, is_transient
+from polefs.objects.base import is_transient
+from polefs.objects.s3errors import explain
 
 log = logging.getLogger(__name__)
 

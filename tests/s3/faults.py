@@ -67,6 +67,10 @@ class Fault(Enum):
     """403 AccessDenied: the permissions have been taken away."""
     WRONG_REGION = auto()
     """400 AuthorizationHeaderMalformed: the bucket is in eu-west-1."""
+    NOT_IMPLEMENTED = auto()
+    """501 NotImplemented."""
+    NOT_ALLOWED = auto()
+    """405 MethodNotAllowed."""
     NO_CONDITIONS = auto()
     """The server passes over ``If-None-Match``."""
     NO_CHECKSUMS = auto()
@@ -86,6 +90,8 @@ _REFUSALS = {
     Fault.INTERNAL_ERROR: (500, "InternalError", "We encountered an internal error. Please try again."),
     Fault.SLOW_DOWN: (503, "SlowDown", "Please reduce your request rate."),
     Fault.SKEWED_CLOCK: (403, "RequestTimeTooSkewed", "The difference between the request time and ours is too large."),
+    Fault.NOT_IMPLEMENTED: (501, "NotImplemented", "This is not implemented."),
+    Fault.NOT_ALLOWED: (405, "MethodNotAllowed", "The specified method is not allowed against this resource."),
     Fault.ACCESS_DENIED: (403, "AccessDenied", "Access Denied"),
 }
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from polefs.objects.base import StoreError
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 from tests.s3.helpers import all_of, use
 from tests.s3.server import ACCESS_KEY, SECRET_KEY, Place
 

@@ -9,8 +9,8 @@ import hashlib
 import msgspec
 import pytest
 
+from polefs.objects.base import StoreError
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 from tests.s3.faults import Fault, FaultProxy
 from tests.s3.helpers import all_of, use
 from tests.s3.server import Place

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from polefs.objects import s3, s3multipart
+from polefs.objects.base import StoreError
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 from tests.s3.faults import Fault, FaultProxy
 from tests.s3.helpers import all_of, use
 from tests.s3.server import BUCKET, Place, SeaweedServer
@@ -109,6 +109,38 @@ def test_what_is_cancelled_is_aborted(place: Place, proxy: FaultProxy, s3_server
 
     use(place, work)
     assert uploads(s3_server, place) == []
+
+
+def test_what_is_there_already_leaves_no_upload(place: Place, s3_server: SeaweedServer) -> None:
+    async def work(store: S3Store) -> None:
+        await store.put("big", [BODY])
+        await store.put("big", [BODY])
+
+    use(place, work)
+    assert uploads(s3_server, place) == []
+
+
+def test_uploads_are_listed_and_aborted(place: Place, s3_server: SeaweedServer) -> None:
+    client = s3_server.client()
+    begun = {}
+    for key in ("segments/0/1", "segments/0/2", "other"):
+        answer = client.create_multipart_upload(Bucket=BUCKET, Key=f"{place.prefix}/{key}")
+        begun[key] = answer["UploadId"]
+    client.create_multipart_upload(Bucket=BUCKET, Key=f"{place.prefix}-another/segments/0/1")
+
+    async def work(store: S3Store) -> None:
+        found = [upload async for upload in store.uploads()]
+        assert {upload.key: upload.id for upload in found} == begun
+        assert all(0 <= upload.age < 3600 for upload in found)
+        assert {upload.key async for upload in store.uploads("segments/")} == {"segments/0/1", "segments/0/2"}
+        for upload in found[:2]:
+            await store.abort(upload)
+            await store.abort(upload)
+        assert [upload async for upload in store.uploads()] == found[2:]
+
+    use(place, work)
+    assert uploads(s3_server, place) != []
+    assert uploads(s3_server, Place(place.endpoint, BUCKET, f"{place.prefix}-another")) != []
 
 
 def test_cutting_copies_nothing() -> None:

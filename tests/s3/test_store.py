@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from datetime import UTC, datetime
 
 import msgspec
 import pytest
 
-from polefs.objects import s3
-from polefs.objects.base import segment_key
+from polefs.objects import s3delete, s3list
+from polefs.objects.base import ObjectInfo, StoreError, segment_key
+from polefs.objects.location import S3Location
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 from tests.s3.faults import Fault, FaultProxy
-from tests.s3.helpers import all_of, location_of, use
+from tests.s3.helpers import TEST_SECONDS, all_of, location_of, use
 from tests.s3.server import BUCKET, READER_KEY, SECRET_KEY, Place, SeaweedServer
 
 
@@ -121,8 +122,9 @@ def test_list_by_prefix(s3_server: SeaweedServer, s3_place: Place) -> None:
 
 
 def test_lists_and_deletions_of_several_pages(s3_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "_LIST_PAGE", 10)
-    monkeypatch.setattr(s3, "_DELETE_MAX", 10)
+    monkeypatch.setattr(s3list, "_PAGE", 10)
+    monkeypatch.setattr(s3list, "_INLINE_MAX", 0)
+    monkeypatch.setattr(s3delete, "_BATCH", 10)
     keys = [segment_key(number) for number in range(240, 275)]
 
     async def work(store: S3Store) -> None:
@@ -132,6 +134,56 @@ def test_lists_and_deletions_of_several_pages(s3_place: Place, monkeypatch: pyte
         assert await all_of(store.list()) == {}
 
     use(s3_place, work)
+
+
+def test_ages_are_those_of_the_server(s3_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever time this machine believes that it is."""
+
+    async def work(store: S3Store) -> None:
+        await store.put("k", [b"x"])
+        monkeypatch.setattr("time.time", lambda: 1e9)
+        ages = [info.age async for info in store.list()]
+        assert len(ages) == 1 and 0 <= ages[0] < TEST_SECONDS
+
+    use(s3_place, work)
+
+
+def test_an_answer_without_date_makes_nothing_old() -> None:
+    listed = "<ListBucketResult><Contents><Key>k%2B%20l</Key><Size>3</Size><LastModified>2001-01-01T00:00:00Z"
+    body = f"{listed}</LastModified></Contents></ListBucketResult>".encode()
+    location = S3Location(bucket="b")
+    lister = s3list.Lister(location, None, None, str)  # type: ignore[arg-type]
+    assert lister._parse_objects(body, None) == ([ObjectInfo("k+ l", 3, 0.0)], None)
+    assert lister._parse_objects(body, datetime(2001, 1, 1, 1, tzinfo=UTC))[0][0].age == 3600
+
+
+def test_keys_that_are_not_ours(s3_server: SeaweedServer, s3_place: Place) -> None:
+    names = {"a+b c", "ü/<&>", "100%"}
+    for name in names:
+        s3_server.client().put_object(Bucket=BUCKET, Key=f"{s3_place.prefix}/{name}", Body=b"1")
+
+    async def work(store: S3Store) -> None:
+        assert set(await all_of(store.list())) == names
+        await store.delete(sorted(names))
+        assert await all_of(store.list()) == {}
+
+    use(s3_place, work)
+
+
+@pytest.mark.parametrize("fault", [Fault.NOT_IMPLEMENTED, Fault.NOT_ALLOWED])
+def test_a_server_that_deletes_one_by_one(s3_place: Place, proxy: FaultProxy, fault: Fault) -> None:
+    proxy.inject(fault, method="POST", path="delete")
+    keys = [segment_key(number) for number in range(30)]
+
+    async def work(store: S3Store) -> None:
+        for _ in range(2):
+            await asyncio.gather(*(store.put(key, [b"x"]) for key in keys))
+            await store.delete([*keys, "none"])
+            assert await all_of(store.list()) == {}
+
+    use(msgspec.structs.replace(s3_place, endpoint=proxy.endpoint), work)
+    assert proxy.tally.faults[fault] == 1
+    assert proxy.tally.requests["DELETE"] == 62
 
 
 def test_whole_bucket(s3_server: SeaweedServer) -> None:

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 import trustme
 
+from polefs.objects.base import StoreError
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 from tests.s3.faults import FaultProxy
 from tests.s3.helpers import all_of, location_of, use
 from tests.s3.server import BUCKET, DOMAIN, Place, SeaweedServer

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
+from polefs.objects.base import StoreError
 from polefs.objects.location import S3Location, parse_url
 from polefs.objects.s3 import S3Store
-from polefs.objects.s3errors import StoreError
 
 MINIO = "https://minio.example.org:9000"
 
