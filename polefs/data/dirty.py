@@ -79,17 +79,19 @@ class DirtyFiles:
         self.full = False
         self._pressed = False
 
-    def adopt(self, states: dict[int, FileState], replicas: Sequence[Replica]) -> None:
-        """Take over what recovery found."""
+    def adopt(self, states: dict[int, FileState], replicas: Sequence[tuple[int, Replica]]) -> None:
+        """Take over what recovery found, to be written back at once; ``replicas`` with the number of the journal that
+        tells of each."""
         self._states.update(states)
-        self._retired += [(0, replica) for replica in replicas]
+        self._retired += replicas
         self._replicas += len(replicas)
         for state in states.values():
             for layer in state.layers:
                 self.bytes += layer.ranges.data
                 self._memory += layer.ranges.memory
-        if states:
-            self.changed.set()
+        self.changed.set()
+        self.urgent.set()
+        self._check()
 
     async def rotate(self) -> int:
         """Begin the next journal; returns its number. What was changed before the return belongs to older ones, what
@@ -255,7 +257,7 @@ class DirtyFiles:
             if layer.replica is not None:
                 self._retire(layer)
         if layers:
-            place = layers[-1].epoch, layers[-1].end
+            place = layers[-1].place
             if not state.layers:
                 # A modification time that the user set may stand behind, in a newer journal even.
                 place = max(place, (state.journal_epoch, state.journal_end))
@@ -318,8 +320,7 @@ class DirtyFiles:
     def _changed(self, state: FileState, layer: Layer, now: int) -> None:
         layer.mtime = layer.ctime = now
         journal = self.log.current
-        state.journal_epoch = journal.number
-        state.journal_end = layer.end = journal.end
+        state.journal_epoch, state.journal_end = layer.place = (journal.number, journal.end)
         if not self.changed.is_set():
             self.changed.set()
         self._check()

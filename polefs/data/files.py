@@ -31,6 +31,7 @@ from polefs.data.fetch import FramedSegments, PlainSegments, Segments
 from polefs.data.flusher import Flusher
 from polefs.data.frames import Buffer, Codec
 from polefs.data.journal import Journal, journal_name, journal_number
+from polefs.data.patience import FOREVER, Patience
 from polefs.data.reader import Reader, seek
 from polefs.data.reclaim import Reclaimer
 from polefs.data.recovery import recover
@@ -54,6 +55,9 @@ _SHARE_MAX: Final = 1 << 30
 _COPY_MAX: Final = 8 << 20
 _COPY_STEP: Final = 1 << 20
 _SHARE_ATTEMPTS: Final = 4
+
+_END_SECONDS: Final = 6.0
+"""That a store which is out of reach is given at the end."""
 
 _MEMORY: Final = 96 << 20
 """The budget of contents on their way, unless another is given, bytes; read-ahead has as much again."""
@@ -80,12 +84,16 @@ class FileStore:
         budget: MemoryBudget | None = None,
         cache: tuple[CacheDirectory, CacheLimits] | None = None,
         sync_to_store: bool = False,
+        store_timeout: float = FOREVER,
     ) -> None:
         """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
         None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
         way. ``cache``: where contents that come in frames are kept; it is closed with this. ``sync_to_store``: what
-        is synced is in the object store and committed, not only on this machine's disk."""
+        is synced is in the object store and committed, not only on this machine's disk. ``store_timeout``: seconds
+        that a store may be out of reach until who waits for write-back gets ETIMEDOUT, which does not end that."""
         self._meta = meta
+        self._objects = objects
+        self._patience = Patience(objects, store_timeout)
         self._directory = os.path.abspath(directory)
         self._flush_after = flush_after
         self._sync_to_store = sync_to_store
@@ -118,27 +126,27 @@ class FileStore:
             self._committing,
             None if self.cached is None else self.cached.cache.keep,
         )
-        self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after)
+        self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after, self._patience)
 
     # Life
 
     async def recover(self) -> None:
-        """Bring back what the last process had acknowledged and not committed, and commit it. Before anything else."""
+        """Bring back what the last process had acknowledged and not committed; ``start`` then begins to commit it.
+        Before anything else."""
         if self.cached is not None:
             writer = secrets.randbits(63)
             previous = await self._meta.exchange_writer(writer)
             await self._meta.sync()
             await self.cached.start(previous, writer)
         found = await recover(self._meta, self._directory, self._log.epoch, self._threads)
-        self._log.adopt(found.journals)
-        self._dirty.adopt(found.states, found.replicas)
+        if found.journals:
+            self._log.adopt(found.journals)
+            self._dirty.adopt(found.states, found.replicas)
         self._writeback.doubtful += found.segments
         for ino, mtime in found.mtimes.items():
             await self._meta.set_attributes(ino, SetAttr(mtime=mtime))
-        keep = {os.path.basename(replica.path) for replica in found.replicas}
+        keep = {os.path.basename(replica.path) for _, replica in found.replicas}
         await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, keep)
-        await self._flusher.flush()
-        await self._reclaimer.reclaim_if_possible()
 
     def start(self) -> None:
         """Start write-back and the deletion of dead objects in the background."""
@@ -149,6 +157,7 @@ class FileStore:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
         journals for the next ``recover``. Nothing else may be running or be called afterwards."""
         saved = False
+        self._objects.set_deadline(min(self._patience.seconds, _END_SECONDS))
         try:
             await self._flusher.finish()
             await self._meta.sync()
@@ -255,7 +264,7 @@ class FileStore:
             raise _error(errno.EFBIG)
         if source.ino == target.ino and abs(source_offset - target_offset) < length:
             raise _error(errno.EINVAL)
-        if length >= SHARE_MIN:
+        if length >= SHARE_MIN and self._objects.away_since is None:
             shared = await self._flusher.uncancelled(
                 self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX), now)
             )
@@ -266,9 +275,13 @@ class FileStore:
     async def _share(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
     ) -> int | None:
-        """None when it cannot be done: the target is inline, or being written to all the time."""
+        """None when it cannot be done: the target is inline, or being written to all the time, or the store is out of
+        reach."""
         for _ in range(_SHARE_ATTEMPTS):
-            await self._flusher.flush_files((source, target))
+            try:
+                await self._flusher.flush_files((source, target))
+            except TimeoutError:
+                return None
             async with self._writeback.holding((source, target)):
                 if self._dirty.told_by_journal(target):
                     # A replay must not bring older contents back; it may leave them out once they are durable

@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Any, Final, TypeVar
 
 from polefs.data.dirty import DirtyFiles
+from polefs.data.patience import Patience
 from polefs.data.writeback import WriteBack
 from polefs.meta.api import MetaAPI
 
@@ -26,8 +27,11 @@ class Flusher:
     """Runs write-back rounds. One round submits what older journals tell of. The next begins when all of that is under
     way. Journals that tell of nothing any more that is not committed are deleted, once that is durable."""
 
-    def __init__(self, meta: MetaAPI, dirty: DirtyFiles, writeback: WriteBack, flush_after: float) -> None:
+    def __init__(
+        self, meta: MetaAPI, dirty: DirtyFiles, writeback: WriteBack, flush_after: float, patience: Patience
+    ) -> None:
         self._meta = meta
+        self._patience = patience
         self._dirty = dirty
         self._writeback = writeback
         self._flush_after = flush_after
@@ -56,7 +60,7 @@ class Flusher:
         await self.stop()
         self._writeback.impatient = True
         try:
-            await self.flush()
+            await self.uncancelled(self._flush())
         finally:
             while self._working:
                 await asyncio.wait(self._working)
@@ -72,12 +76,14 @@ class Flusher:
             await asyncio.wait(self._working)
 
     async def wait_for_room(self) -> None:
-        """Returns once there is room for a write. Raises what keeps write-back from making room (ENOSPC, EIO …)."""
+        """Returns once there is room for a write. Raises what keeps write-back from making room (ENOSPC, EIO …), as
+        ``flush`` does."""
         while self._dirty.full:
             if self._room is None:
                 self._room = asyncio.get_running_loop().create_future()
+            self._dirty.changed.set()  # journals of what is committed may be what takes the room
             self._dirty.urgent.set()
-            await asyncio.shield(self._room)
+            await self._patience.wait(self._room)
 
     def release(self, error: OSError | None = None) -> None:
         """There is room, or there will be none because of this error: whoever waits for it goes on."""
@@ -90,14 +96,15 @@ class Flusher:
                 room.exception()  # its waiters may all have been cancelled
 
     async def flush_files(self, inos: Iterable[int]) -> None:
-        """Write back these files now. What the journals tell of them stays. A caller that is cancelled does not stop
-        it."""
-        await _all([self._writeback.submit(ino, None, urgent=True) for ino in {*inos} if self._dirty.find(ino)])
+        """Write back these files now. What the journals tell of them stays. Raises as ``flush`` does."""
+        submitted = [self._writeback.submit(ino, None, urgent=True) for ino in {*inos} if self._dirty.find(ino)]
+        if submitted:
+            await self._patience.wait(self._start(_all(submitted)))
 
     async def flush(self) -> None:
-        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure. A
-        caller that is cancelled does not stop it."""
-        await self.uncancelled(self._flush())
+        """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure,
+        and ETIMEDOUT while the store is out of reach. Neither that nor a caller that is cancelled stops it."""
+        await self._patience.wait(self._start(self._flush()))
 
     async def uncancelled(self, work: Coroutine[None, None, T]) -> T:
         """Run ``work`` to its end, also when the caller is cancelled."""

@@ -21,16 +21,16 @@ _PAGE: Final = 256
 
 
 class Recovered:
-    """``states`` by inode number, each with one layer of epoch 0, which ``journals`` tell of with ``replicas``;
-    ``mtimes`` by inode number where the user had set it and nothing was written afterwards; ``segments`` whose objects
-    may have been written. All of it survives the loss of power."""
+    """``states`` by inode number, each with one layer, which ``journals`` tell of with ``replicas``, each of these with
+    the number of its journal; ``mtimes`` by inode number where the user had set it and nothing was written afterwards;
+    ``segments`` whose objects may have been written. All of it survives the loss of power."""
 
     def __init__(self) -> None:
         self.journals: list[Journal] = []
         self.states: dict[int, FileState] = {}
         self.mtimes: dict[int, int] = {}
         self.segments: list[int] = []
-        self.replicas: list[Replica] = []
+        self.replicas: list[tuple[int, Replica]] = []
 
 
 class _Replay:
@@ -42,7 +42,8 @@ class _Replay:
         self._replicas: dict[tuple[int, int], Replica | None] = {}
         self.found = Recovered()
 
-    async def _layer(self, ino: int) -> Layer | None:
+    async def _state(self, number: int, ino: int) -> FileState | None:
+        """The file of a record of this journal."""
         state = self.found.states.get(ino)
         if state is None:
             if ino in self._removed:
@@ -53,8 +54,8 @@ class _Replay:
                 self._removed.add(ino)
                 return None
             state = self.found.states[ino] = FileState(ino)
-            state.layers.append(Layer(0, inode.size, inode.ctime))
-        return state.layers[0]
+            state.layers.append(Layer(number, inode.size, inode.ctime))
+        return state
 
     async def apply(self, number: int, record: Record) -> None:
         kind, ino, a, b, generation, time, payload, end = record
@@ -63,9 +64,11 @@ class _Replay:
             return
         if kind is Kind.SETTLED or (number, end) <= self.settled.get(ino, (0, 0)):
             return
-        layer = await self._layer(ino)
-        if layer is None:
+        state = await self._state(number, ino)
+        if state is None:
             return
+        state.journal_epoch, state.journal_end = number, end
+        (layer,) = state.layers
         if kind is Kind.MTIME:
             layer.mtime = None
             self.found.mtimes[ino] = time
@@ -74,7 +77,7 @@ class _Replay:
             layer.ranges.set(a, a + len(payload), Chunk(a, payload))
             layer.size = max(layer.size, a + len(payload))
         elif kind is Kind.RANGE:
-            replica = self._replica(ino, generation)
+            replica = self._replica(number, ino, generation)
             if replica is not None:
                 layer.ranges.set(a, a + b, replica)
             layer.size = max(layer.size, a + b)
@@ -86,15 +89,16 @@ class _Replay:
                 layer.ranges.set(a, b, HOLE)
             layer.size = generation
         layer.mtime = layer.ctime = time
+        layer.place = number, end
         self.found.mtimes.pop(ino, None)
 
-    def _replica(self, ino: int, generation: int) -> Replica | None:
+    def _replica(self, number: int, ino: int, generation: int) -> Replica | None:
         """None when it did not survive a loss of power: that write had not been synced."""
         key = (ino, generation)
         if key not in self._replicas:
             try:
                 replica = self._replicas[key] = Replica(self._directory, ino, generation, create=False)
-                self.found.replicas.append(replica)
+                self.found.replicas.append((number, replica))
             except FileNotFoundError:
                 self._replicas[key] = None
         return self._replicas[key]
@@ -134,7 +138,7 @@ def _page(records: Iterator[Record]) -> list[Record]:
 
 def _secure(directory: str, numbers: Iterable[int], found: Recovered) -> None:
     """Make what was found survive the loss of power. Blocks."""
-    for replica in found.replicas:
+    for _, replica in found.replicas:
         os.fdatasync(replica.fd)
         replica.entry_synced = True
     found.journals = [Journal.reopen(directory, number) for number in numbers]

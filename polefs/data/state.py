@@ -13,17 +13,18 @@ _MANY_PIECES: Final = 512
 
 
 class Layer:
-    """Changes of one file since its last write-back began. It belongs to journal ``epoch``, which tells all of them.
+    """Changes of one file since its last write-back began. It belongs to journal ``epoch``, which tells all of them;
+    one that was recovered, to the oldest of those that do.
 
     ``size`` is the file's size after them; ``mtime`` is None when they leave the modification time alone; ``ctime``
-    is that of the last one, and ``end`` where its record ends in the journal. A ``sealed`` layer changes no more: it is
-    being written back."""
+    is that of the last one, and ``place`` where its record ends: the journal's number, and the position. A ``sealed``
+    layer changes no more: it is being written back."""
 
-    __slots__ = ("ctime", "end", "epoch", "mtime", "ranges", "replica", "sealed", "size")
+    __slots__ = ("ctime", "epoch", "mtime", "place", "ranges", "replica", "sealed", "size")
 
     def __init__(self, epoch: int, size: int, ctime: int) -> None:
         self.epoch = epoch
-        self.end = 0
+        self.place = (epoch, 0)
         self.size = size
         self.mtime: int | None = None
         self.ctime = ctime

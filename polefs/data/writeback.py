@@ -45,6 +45,9 @@ _URGENT_WORKERS: Final = 4
 _URGENT_SHARE: Final = 4
 """The part of that memory which is for files that somebody waits for: one in so many."""
 
+_PAUSE: Final = 1.0
+"""Of a worker after a failure that nobody has foreseen, seconds."""
+
 _FILES_LOCAL: Final = 32
 _FILES: Final = 4096
 """Files whose contents share a segment, at most: in a local directory a small one is soon written."""
@@ -262,12 +265,16 @@ class WriteBack:
     async def _work(self, lane: _Lane) -> None:
         try:
             while lane.jobs:
-                taken = await lane.memory.take(self._wanted(lane))
                 try:
-                    done = await self._work_once(lane, max(taken, RUN_MAX))
-                finally:
-                    lane.memory.give(taken)
-                await self._keep_contents([plan for plan in done if plan.pieces and not plan.state.gone])
+                    taken = await lane.memory.take(self._wanted(lane))
+                    try:
+                        done = await self._work_once(lane, max(taken, RUN_MAX))
+                    finally:
+                        lane.memory.give(taken)
+                    await self._keep_contents([plan for plan in done if plan.pieces and not plan.state.gone])
+                except Exception:
+                    log.exception("write-back goes on after an unexpected failure")
+                    await asyncio.sleep(_PAUSE)
         finally:
             lane.running -= 1
 
