@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -15,8 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Ends with code 1 and one line on standard error where FUSE cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m rawfuse")
     commands = parser.add_subparsers(dest="command", required=True)
-    text = "Mount a small file system where nobody else sees it, and print what this kernel offers and what works."
-    command = commands.add_parser("probe", help="what FUSE can do on this machine", description=text)
+    about = "Mount a small file system where nobody else sees it, and print what this kernel offers and what works."
+    command = commands.add_parser("probe", help="what FUSE can do on this machine", description=about)
     command.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.parse_args(arguments)
     try:
@@ -24,7 +25,13 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(f"rawfuse: {where}{error.strerror or error}")
-    print(msgspec.json.format(msgspec.json.encode(report)).decode() if chosen.json else "\n".join(_lines(report)))
+    text = msgspec.json.format(msgspec.json.encode(report)).decode() if chosen.json else "\n".join(_lines(report))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Whoever reads has seen enough. What is left must not be written again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _lines(report: Report) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -61,9 +62,12 @@ def run(arguments: list[str]) -> int:
     logging.getLogger("polefs").addHandler(logging.NullHandler())
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="polefs", standalone_mode=False)
+        sys.stdout.flush()
     except Refusal as error:
         return _fail(str(error), error.status)
     except BrokenPipeError:
+        # Whoever reads has seen enough. What is left must not be written again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         return _fail(plain(error), 1)

@@ -101,6 +101,8 @@ def _lines(status: Status) -> list[tuple[str, str]]:
     from polefs.cli.sizes import format_size
 
     lines = [("volume", status.volume), ("name", status.name), ("uuid", status.uuid)]
+    if status.store is not None:
+        lines.append(("contents", status.store + (f" at {status.endpoint}" if status.endpoint else "")))
     if status.mounted:
         access = "read-only" if status.read_only else "read-write"
         lines.append(("mounted on", f"{status.mountpoint} ({access}, since {status.since})"))

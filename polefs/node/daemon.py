@@ -233,12 +233,14 @@ class MountedVolume:
 
     async def _status(self) -> Status:
         usage = await self._storage.meta.usage()
-        info = self._volume.info
+        info, bucket = self._volume.info, self._volume.bucket
         return Status(
             volume=self._volume.path,
             name=info.name,
             uuid=info.uuid,
             format=info.format,
+            store=None if bucket is None else bucket.url,
+            endpoint=None if bucket is None else bucket.endpoint,
             mounted=not self._detached.is_set(),
             bytes_used=usage.bytes,
             bytes_limit=usage.bytes_limit,

@@ -28,6 +28,10 @@ class Status(msgspec.Struct, kw_only=True):
     name: str
     uuid: str
     format: int
+    store: str | None
+    """Where contents are, ``s3://bucket/prefix``; None: in the volume's directory."""
+    endpoint: str | None
+    """Of the S3 server; None: AWS, or there is none."""
     mounted: bool
     bytes_used: int
     bytes_limit: int

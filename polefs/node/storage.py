@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import msgspec
 
@@ -151,13 +152,11 @@ def claim_objects(contents: Contents, name: str, uuid: str) -> Contents:
     return msgspec.structs.replace(contents, objects=msgspec.structs.replace(location, conditional_put=conditional))
 
 
-def make_store(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> str:
-    """Make the database of a new volume, durably; its uuid."""
-    store = SqliteStore.create(path, name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
-    try:
-        return str(store.uuid)
-    finally:
-        store.shutdown()
+def make_store(path: str, *, name: str, uuid: str, bytes_limit: int, inodes_limit: int) -> None:
+    """Make the database of a new volume, durably."""
+    SqliteStore.create(
+        path, name=name, identity=UUID(uuid), bytes_limit=bytes_limit, inodes_limit=inodes_limit
+    ).shutdown()
 
 
 def open_store(volume: Volume, *, read_only: bool = False) -> SqliteStore:
@@ -175,11 +174,14 @@ def read_status(volume: Volume) -> Status:
         usage = asyncio.run(MetaService(store).usage())
     finally:
         store.shutdown()
+    bucket = volume.bucket
     return Status(
         volume=volume.path,
         name=volume.info.name,
         uuid=volume.info.uuid,
         format=volume.info.format,
+        store=None if bucket is None else bucket.url,
+        endpoint=None if bucket is None else bucket.endpoint,
         mounted=False,
         bytes_used=usage.bytes,
         bytes_limit=usage.bytes_limit,

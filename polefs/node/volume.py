@@ -18,24 +18,28 @@ import contextlib
 import errno
 import os
 from typing import Literal
+from uuid import uuid4
 
 import msgspec
 
 from polefs.data.keys import WrappedKey, new_key
 from polefs.node.errors import Refusal
 from polefs.node.lock import Holder, Locked, VolumeLock, lock_holder
-from polefs.objects.location import DirectoryLocation, Location
+from polefs.objects.localio import replace_file, sync_directory
+from polefs.objects.location import DirectoryLocation, Location, S3Location
 
 FORMAT = 1
 """The format of the volume directory that this software writes; it reads no newer one."""
 
 _UNFINISHED = "volume.json.new"
-"""Stands in the directory while a volume is being made, and becomes ``volume.json``. Without it a directory that lacks
-``volume.json`` is never taken for an interrupted creation, so a damaged volume is not made anew over its contents."""
+"""Stands in the directory while a volume is being made, says what is to be made, and becomes ``volume.json``. Without
+it a directory that lacks ``volume.json`` is never taken for an interrupted creation, so a damaged volume is not made
+anew over its contents."""
 
-_OWN_NAMES = frozenset(
-    [_UNFINISHED, "lock", "meta.db", "meta.db-wal", "meta.db-shm", "meta.db-journal", "objects", "local", "log"]
-)
+_DIRECTORIES = ("objects", "local", "log")
+_METADATA = ("meta.db", "meta.db-wal", "meta.db-shm", "meta.db-journal", "meta.db-redo")
+
+_OWN_NAMES = frozenset([_UNFINISHED, f"{_UNFINISHED}.new", "lock", *_METADATA, *_DIRECTORIES])
 """What an interrupted creation may have left behind."""
 
 _IGNORED_NAMES = frozenset(["lost+found"])
@@ -82,6 +86,12 @@ class Volume:
         self.cache = os.path.join(path, "cache")
         self.log_file = os.path.join(path, "log", "polefs.log")
         self._lock = lock
+
+    @property
+    def bucket(self) -> S3Location | None:
+        """Where contents are, if not in the directory."""
+        location = self.info.contents.objects
+        return location if isinstance(location, S3Location) else None
 
     def lock(self, holder: Holder) -> None:
         """Take the volume's lock. ``Refusal`` EBUSY says who has it; EACCES, EROFS: not ours to write."""
@@ -131,8 +141,16 @@ def open_volume(path: str) -> Volume:
 
 
 def open_or_make_volume(path: str, holder: Holder) -> Volume:
-    """The volume, locked; made first when the directory is empty or does not exist."""
+    """The volume, locked; made first when the directory is empty or does not exist. ``Refusal`` EINVAL when it was to
+    become one in a bucket, and that has failed."""
     if not os.path.exists(os.path.join(path, "volume.json")) and not _has_foreign_files(path):
+        unfinished = _read_unfinished(path)
+        if unfinished is not None and isinstance(unfinished.contents.objects, S3Location):
+            raise Refusal(
+                errno.EINVAL,
+                f"volume {path} was to keep its contents in {unfinished.contents.objects.url}, and could not be made: "
+                "run polefs format --store again",
+            )
         try:
             return make_volume(path, holder)
         except Refusal as error:
@@ -203,45 +221,58 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: C
     """All parts of a new volume, durable; ``volume.json`` last."""
     from polefs.node.storage import claim_objects, make_store
 
-    final = os.path.join(path, "volume.json")
+    final, unfinished = os.path.join(path, "volume.json"), os.path.join(path, _UNFINISHED)
     if os.path.lexists(final):
         raise Refusal(errno.EEXIST, f"{path} has just been made a volume by another process: try again")
-    with open(os.path.join(path, _UNFINISHED), "wb") as file:
-        _remove_metadata(path)
-        for directory in ("objects", "local", "log"):
-            os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
-        uuid = make_store(os.path.join(path, "meta.db"), name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
-        try:
-            contents = claim_objects(contents, name, uuid)
-        except Refusal:
-            _clear(path)
-            raise
-        info = VolumeInfo(FORMAT, name, uuid, contents)
-        file.write(msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(file.name, final)
-    directory_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    # An earlier attempt may have marked the bucket as this volume's.
+    earlier = _read_unfinished(path)
+    info = VolumeInfo(FORMAT, name, str(uuid4()) if earlier is None else earlier.uuid, contents)
+    os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _describe(unfinished, info)
+    _remove_metadata(path)
+    for directory in _DIRECTORIES:
+        os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
+    meta = os.path.join(path, "meta.db")
+    make_store(meta, name=name, uuid=info.uuid, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
     try:
-        os.fsync(directory_fd)
-    finally:
-        os.close(directory_fd)
+        info = msgspec.structs.replace(info, contents=claim_objects(contents, name, info.uuid))
+    except Refusal:
+        _clear(path)
+        raise
+    _describe(unfinished, info)
+    os.rename(unfinished, final)
+    sync_directory(path)
     return info
 
 
+def _describe(file: str, info: VolumeInfo) -> None:
+    replace_file(file, msgspec.json.format(msgspec.json.encode(info), indent=2) + b"\n")
+
+
+def _read_unfinished(path: str) -> VolumeInfo | None:
+    """What an interrupted creation was to make; None when there was none, or it had not come so far."""
+    try:
+        with open(os.path.join(path, _UNFINISHED), "rb") as stream:
+            return msgspec.json.decode(stream.read(), type=VolumeInfo)
+    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return None
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
 def _remove_metadata(path: str) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal"):
+    for name in _METADATA:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(path, "meta.db" + suffix))
+            os.unlink(os.path.join(path, name))
 
 
 def _clear(path: str) -> None:
-    """Take away the parts of a volume that was not finished, so that the directory is not taken for half of one."""
+    """Take away what has been made of a volume that cannot be finished, but for the description of what was to be: it
+    keeps a mount from making another."""
     _remove_metadata(path)
-    for directory in ("objects", "local", "log"):
+    for directory in _DIRECTORIES:
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(path, directory))
-    os.unlink(os.path.join(path, _UNFINISHED))
 
 
 def _has_foreign_files(path: str) -> bool:

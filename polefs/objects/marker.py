@@ -25,14 +25,19 @@ class Marker(msgspec.Struct, frozen=True):
 
 
 async def claim(store: S3Store, uuid: str, name: str) -> bool:
-    """Make the prefix that of a new volume; whether the server has conditional PUTs. FileExistsError when it is another
-    volume's, ENOTEMPTY when it holds anything else, and what ``S3Store`` raises."""
+    """Make the prefix that of a new volume, also when an earlier attempt has done so already; whether the server has
+    conditional PUTs. FileExistsError when it is another volume's, ENOTEMPTY when it holds anything else, and what
+    ``S3Store`` raises."""
     found = await _read(store)
-    if found is not None:
+    if found is not None and found.uuid != uuid:
         raise FileExistsError(errno.EEXIST, f"{_whose(store, found)}: give another prefix, or remove all objects in it")
     async for info in store.list():
+        if info.key == KEY and found is not None:
+            continue
         text = f"{store.location.url} is not empty, it holds {info.key}: give another prefix"
         raise StoreError(errno.ENOTEMPTY, text)
+    if found is not None:
+        await store.delete([KEY])
     marker = Marker(uuid, name, socket.gethostname(), datetime.now(UTC).isoformat(timespec="seconds"))
     body = msgspec.json.encode(marker)
     conditional = await store.probe_conditional_put(KEY, body)

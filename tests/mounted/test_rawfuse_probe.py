@@ -55,6 +55,15 @@ def test_what_it_tells() -> None:
     assert features[InitFlag.EXPLICIT_INVAL_DATA]["state"] == "possible", "what excludes it is not asked for then"
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_its_reader_is_gone(options: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        done = subprocess.run([*PROBE, *options], stdout=output, stderr=subprocess.PIPE, timeout=50, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_for_people() -> None:
     done = run(*PROBE)
     assert (done.returncode, done.stderr) == (0, "")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -68,7 +70,7 @@ def test_a_prefix_of_another_volume(s3_place: Place, tmp_path: Path, polefs: Com
     make_volume(str(tmp_path / "one"), ME, contents=contents_at(s3_place)).unlock()
     polefs.refused(*formatting(tmp_path / "two", s3_place), says="belongs to volume 'one'")
     # Nothing is left that could pass for a volume, and the same directory can be used for another place.
-    assert {entry.name for entry in (tmp_path / "two").iterdir()} <= {"lock"}
+    assert {entry.name for entry in (tmp_path / "two").iterdir()} <= {"lock", "volume.json.new"}
     elsewhere = Place(s3_place.endpoint, s3_place.bucket, s3_place.prefix + "-two")
     make_volume(str(tmp_path / "two"), ME, contents=contents_at(elsewhere)).unlock()
     # A description that was copied or edited.
@@ -112,9 +114,81 @@ def test_wrong_keys_and_no_keys(
     polefs.refused(*formatting(tmp_path / "w", s3_place), says="no credentials found: set AWS_ACCESS_KEY_ID")
 
 
-def test_no_such_bucket(s3_server: SeaweedServer, tmp_path: Path, polefs: Command) -> None:
+def test_no_such_bucket(s3_server: SeaweedServer, s3_place: Place, tmp_path: Path, polefs: Command) -> None:
     missing = Place(s3_server.endpoint, "missing", "p")
     polefs.refused(*formatting(tmp_path / "v", missing), says="there is no such bucket: make it first")
+    make_volume(str(tmp_path / "w"), ME, contents=contents_at(s3_place)).unlock()
+    file = tmp_path / "w" / "volume.json"
+    file.write_text(file.read_text().replace(f'"{BUCKET}"', '"missing"'))
+    (tmp_path / "mnt").mkdir()
+    polefs.refused("mount", str(tmp_path / "w"), str(tmp_path / "mnt"), says="there is no such bucket")
+
+
+def test_a_failed_format_is_not_made_a_local_volume_by_mount(s3_place: Place, tmp_path: Path, polefs: Command) -> None:
+    """It is finished by another format, or made a local volume by one."""
+    missing = Place(s3_place.endpoint, "missing", "p")
+    (tmp_path / "mnt").mkdir()
+    for name in ("v", "w"):
+        polefs.refused(*formatting(tmp_path / name, missing), says="there is no such bucket: make it first")
+        says = "was to keep its contents in s3://missing/p, and could not be made: run polefs format --store again"
+        polefs.refused("mount", str(tmp_path / name), str(tmp_path / "mnt"), says=says)
+    polefs(*formatting(tmp_path / "v", s3_place))
+    polefs("format", str(tmp_path / "w"))
+    for name in ("v", "w"):
+        polefs("fsck", "--data", str(tmp_path / name))
+    assert open_volume(str(tmp_path / "w")).bucket is None
+
+
+@pytest.mark.parametrize(
+    ("function", "afterwards"),
+    [
+        ("polefs.node.storage.make_store", False),
+        ("polefs.node.storage.make_store", True),
+        ("polefs.objects.s3.S3Store.probe_conditional_put", False),
+        ("polefs.node.storage.claim_objects", True),
+    ],
+)
+def test_an_interrupted_format_is_finished_by_the_next(
+    s3_place: Place,
+    tmp_path: Path,
+    polefs: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    afterwards: bool,
+) -> None:
+    """Interrupted before or after the bucket was marked as the volume's."""
+    whole = pkgutil.resolve_name(function)
+
+    def interrupted(*args: Any, **named: Any) -> None:
+        if afterwards:
+            whole(*args, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place))
+    polefs.refused("fsck", str(tmp_path / "v"), says="is no polefs volume", status=8)
+    polefs(*formatting(tmp_path / "v", s3_place, "--name", "again"))
+    polefs("fsck", "--data", str(tmp_path / "v"))
+    assert open_volume(str(tmp_path / "v")).info.name == "again"
+
+
+def test_a_marked_prefix_that_holds_something_else_by_now(
+    s3_place: Place, tmp_path: Path, polefs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pkgutil.resolve_name("polefs.node.storage.claim_objects")
+
+    def interrupted(*args: Any) -> None:
+        whole(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("polefs.node.storage.claim_objects", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_volume(str(tmp_path / "v"), ME, contents=contents_at(s3_place))
+    use(s3_place, lambda store: store.put("diary", [b"dear diary"]))
+    polefs.refused(*formatting(tmp_path / "v", s3_place), says="is not empty, it holds diary: give another prefix")
 
 
 def test_endpoint_down(tmp_path: Path, s3_place: Place, polefs: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ def test_version_and_module() -> None:
     for flag in ("--version", "-V"):
         done = polefs(flag)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"polefs {__version__}\n", "")
+
+
+def test_its_reader_is_gone() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as output:
+        command = [sys.executable, "-m", "polefs", "status", "--json"]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

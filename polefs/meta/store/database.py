@@ -35,7 +35,7 @@ def new_generation() -> int:
     return secrets.randbits(63)
 
 
-def make(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> None:
+def make(path: str, *, name: str, identity: uuid.UUID, bytes_limit: int, inodes_limit: int) -> None:
     """Make the database of a new volume, durably. FileExistsError when there is a file already."""
     now = time.time_ns()
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -49,7 +49,7 @@ def make(path: str, *, name: str, bytes_limit: int, inodes_limit: int) -> None:
             execute(statement)
         execute(
             "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, ?, 1, ?, 0)",
-            (name, uuid.uuid4().bytes, now, bytes_limit, inodes_limit, ROOT_INO + 1, FIRST_COOKIE, new_generation()),
+            (name, identity.bytes, now, bytes_limit, inodes_limit, ROOT_INO + 1, FIRST_COOKIE, new_generation()),
         )
         root = Inode(
             ROOT_INO, 0o40755, os.geteuid(), os.getegid(), 2, DIRECTORY_SIZE, 0, now, now, now, now, 0, ROOT_INO

@@ -103,9 +103,19 @@ class SqliteStore:
         self._checkpoint_at = self._checkpoint_rows
 
     @classmethod
-    def create(cls, path: str, *, name: str, bytes_limit: int = 0, inodes_limit: int = 0) -> SqliteStore:
-        """Make a new volume, durably, and open it. FileExistsError when there is a file already."""
-        database.make(path, name=name, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
+    def create(
+        cls,
+        path: str,
+        *,
+        name: str,
+        identity: uuid.UUID | None = None,
+        bytes_limit: int = 0,
+        inodes_limit: int = 0,
+    ) -> SqliteStore:
+        """Make a new volume, durably, and open it; ``identity`` is a new one unless given. FileExistsError when there
+        is a file already."""
+        identity = identity or uuid.uuid4()
+        database.make(path, name=name, identity=identity, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
         return cls.open(path)
 
     @classmethod
