@@ -100,11 +100,8 @@ class FramedSegments:
         length = table.stored_start(last) - base
         async with self._budget.hold(length + table.start(last) - table.start(first)):
             for attempt in range(1, _ATTEMPTS + 1):
-                # In a task: the first step of a request's handler runs in no context of its own, and object stores set
-                # and reset context variables.
-                get = self._objects.get(segment_key(table.segment), base, length)
                 try:
-                    stored = await asyncio.get_running_loop().create_task(get)
+                    stored = await self._objects.get(segment_key(table.segment), base, length)
                 except StoreError as error:
                     log.error("%s", error.strerror)
                     raise for_programs(error) from error

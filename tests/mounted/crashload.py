@@ -32,6 +32,8 @@ class File:
     xattrs: dict[str, bytes] = field(default_factory=dict)
     target: str | None = None
     """Of a symbolic link."""
+    synced: bytes | None = None
+    """The contents when fsync returned, unless they were changed since."""
 
 
 State = dict[str, dict[str, File]]
@@ -142,7 +144,7 @@ def choose(rng: random.Random, state: State) -> Operation | None:
 
 
 def _data(rng: random.Random) -> bytes:
-    return rng.randbytes(rng.choice([1, 100, 4096, 5000, 40_000, 65_536]))
+    return rng.randbytes(1_500_000 if rng.random() < 0.02 else rng.choice([1, 100, 4096, 5000, 40_000, 65_536]))
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -238,7 +240,7 @@ def apply(state: State, kind: str, arguments: tuple[Any, ...]) -> None:
             there, new = _split(arguments[1])
             state[there][new] = files[name]
         case "fsync":
-            pass
+            files[name].synced = bytes(files[name].content)
         case _:
             _apply_to_file(files[name], kind, arguments)
 
@@ -255,16 +257,16 @@ def _apply_to_file(file: File, kind: str, arguments: tuple[Any, ...]) -> None:
         case "truncate":
             del content[arguments[1] :]
             content.extend(bytes(arguments[1] - len(content)))
-            file.mtime = None
+            file.mtime = file.synced = None
         case "punch":
             end = min(arguments[1] + arguments[2], len(content))
             content[arguments[1] : end] = bytes(max(end - arguments[1], 0))
-            file.mtime = None
+            file.mtime = file.synced = None
         case "write" | "copy":
             offset, data = (arguments[1], arguments[2]) if kind == "write" else (0, arguments[2])
             content.extend(bytes(max(offset - len(content), 0)))
             content[offset : offset + len(data)] = data
-            file.mtime = None
+            file.mtime = file.synced = None
         case _:
             raise AssertionError(kind)
 
@@ -378,3 +380,22 @@ def assert_survived(root: str, outcome: Outcome) -> State:
         f"after {outcome.count} operations, with {kind} {shown} in the air ({outcome.error}):\n"
         + "\n".join(before[:30])
     )
+
+
+def assert_synced_survived(root: str, outcome: Outcome) -> State:
+    """Fail unless each file holds what was there when fsync returned, or was changed since. For a loss of all that had
+    not been synced; returns what the directory holds."""
+    found = read_state(root)
+    wrong = []
+    for directory, files in outcome.before.items():
+        for name, file in files.items():
+            after = _find(outcome.after, f"{directory}/{name}")
+            if file.synced is None or after is None or after.synced != file.synced:
+                continue
+            there = _find(found, f"{directory}/{name}")
+            if there is None:
+                wrong.append(f"{directory}/{name} is missing")
+            elif there.content != file.synced:
+                wrong.append(f"{directory}/{name}: {len(there.content)} bytes instead of {len(file.synced)}, or others")
+    assert not wrong, f"synced, and lost after {outcome.count} operations:\n" + "\n".join(wrong)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ from tests.s3.faults import FaultProxy
 from tests.s3.server import SeaweedServer
 from tests.s3.volumes import S3Volume
 
+MakeVolume = Callable[..., S3Volume]
+
 
 @pytest.fixture
 def proxy(s3_server: SeaweedServer) -> Iterator[FaultProxy]:
@@ -26,17 +29,15 @@ def proxy(s3_server: SeaweedServer) -> Iterator[FaultProxy]:
     proxy.close()
 
 
-@pytest.fixture
-def make_volume(
-    s3_server: SeaweedServer, watchdog: Watchdog, request: pytest.FixtureRequest
-) -> Iterator[Callable[..., S3Volume]]:
+@contextlib.contextmanager
+def volumes(server: SeaweedServer, watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[MakeVolume]:
     """Makes volumes whose contents are in a place of their own in the bucket; arguments are options of ``format``. They
     are unmounted and checked at the end, unless the test has failed."""
     scratch = Path(tempfile.mkdtemp(prefix="polefs-s3-", dir=os.environ.get("POLEFS_TEST_DIR")))
     made: list[S3Volume] = []
 
     def make(*options: str, mount: tuple[str, ...] = (), endpoint: str | None = None) -> S3Volume:
-        volume = S3Volume(scratch / str(len(made)), watchdog, s3_server.new_place(), endpoint)
+        volume = S3Volume(scratch / str(len(made)), watchdog, server.new_place(), endpoint)
         made.append(volume)
         volume.mount_options = [*mount]
         volume.format(*options)
@@ -51,3 +52,9 @@ def make_volume(
         for volume in made:
             volume.discard()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def make_volume(s3_server: SeaweedServer, watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[MakeVolume]:
+    with volumes(s3_server, watchdog, request) as make:
+        yield make

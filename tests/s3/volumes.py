@@ -60,12 +60,15 @@ class S3Volume:
     def _key(self) -> list[str]:
         return ["--key-file", str(self.key_file)] if self._encrypted else []
 
-    def start(self) -> None:
-        """Mount it."""
+    def start(self, *, wait: bool = True) -> None:
+        """Mount it; without ``wait`` only begin to."""
         command = [sys.executable, "-m", "polefs", "mount", "-f", *self._key, *self.mount_options]
         self.server = Server([*command, str(self.path), str(self.root)], self.root, self._log)
-        self.server.start()
         self._watchdog.watch(self.server)
+        if wait:
+            self.server.start()
+        else:
+            self.server.launch()
 
     def stop(self) -> None:
         """Unmount it; it must save everything and end with code 0."""
