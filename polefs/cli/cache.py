@@ -33,9 +33,9 @@ def command(
     """
     import msgspec
 
-    from polefs.cli.sizes import parse_size
     from polefs.cli.target import connect
     from polefs.node.control import CacheReply, GetCache, ShrinkCache
+    from polefs.node.sizes import parse_size
 
     if clear and shrink is not None:
         raise Refusal(errno.EINVAL, "--clear and --shrink exclude each other: give one of them", 2)
@@ -55,7 +55,7 @@ def command(
 
 
 def _lines(cache: CacheStatus) -> list[tuple[str, str]]:
-    from polefs.cli.sizes import format_size
+    from polefs.node.sizes import format_size
 
     read = cache.hits + cache.misses
     rate = f"{100 * cache.hits / read:.1f} % of {format_size(read)} read since the mount" if read else "nothing read"

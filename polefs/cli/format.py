@@ -59,8 +59,8 @@ def command(
 
       polefs format --store s3://data --endpoint https://minio:9000 --encrypt --key-file key /srv/volume
     """
-    from polefs.cli.sizes import parse_size
     from polefs.node.lock import Holder
+    from polefs.node.sizes import parse_size
     from polefs.node.volume import Contents, make_volume
 
     limit = 0 if capacity is None else parse_size(capacity)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import Annotated
 
 import typer
 
-from polefs.cli.sizes import parse_size
 from polefs.node.cache import CacheOptions
 from polefs.node.errors import Refusal
 from polefs.node.logs import LEVELS
 from polefs.node.options import MountRequest, Options, parse_options
+from polefs.node.sizes import parse_duration, parse_size
 from polefs.node.volume import default_volume, is_encrypted
 
 NAME = "mount"
@@ -46,6 +47,16 @@ def command(
     cache_free: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Bytes that it leaves free on its disk; default: a twentieth.")
     ] = None,
+    store_timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION", help="How long a bucket may be out of reach until programs get errors; default: 5m."
+        ),
+    ] = None,
+    dirty_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most bytes not yet written back; default: half of the free space."),
+    ] = None,
     profile: Annotated[str | None, typer.Option(metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Mount a volume. Returns when the mount can be used.
@@ -54,7 +65,11 @@ def command(
     ($XDG_DATA_HOME, ~/.local/share). As root the mount is for everybody.
 
     Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
-    noallow_other, nonempty, volume=DIRECTORY, key_file=FILE, cache_dir=DIRECTORY, cache_size=SIZE, cache_free=SIZE.
+    noallow_other, nonempty, volume=DIRECTORY, key_file=FILE, cache_dir=DIRECTORY, cache_size=SIZE, cache_free=SIZE,
+    store_timeout=DURATION, dirty_limit=SIZE.
+
+    Durations are like 90s, 5m or 1h, and 0 is for ever. A volume in a bucket that is out of reach is mounted all the
+    same.
 
     Only volumes in a bucket have a cache. Files that are cached as a whole are read by the kernel itself on read-only
     mounts, unless nopassthrough is given.
@@ -81,6 +96,8 @@ def command(
     parsed.cache_dir = cache_dir or parsed.cache_dir
     parsed.cache_size = cache_size or parsed.cache_size
     parsed.cache_free = cache_free or parsed.cache_free
+    parsed.store_timeout = store_timeout or parsed.store_timeout
+    parsed.dirty_limit = dirty_limit or parsed.dirty_limit
     request = make_request(volume, paths[-1], parsed)
     request.log_level = check_level(log_level)
     request.log_file = _absolute(log_file)
@@ -109,6 +126,8 @@ def make_request(volume: str | None, mountpoint: str, options: Options) -> Mount
             size=None if options.cache_size is None else parse_size(options.cache_size),
             free=None if options.cache_free is None else parse_size(options.cache_free),
         ),
+        store_timeout=None if options.store_timeout is None else parse_duration(options.store_timeout),
+        dirty_limit=None if options.dirty_limit is None else parse_size(options.dirty_limit),
     )
 
 
@@ -134,11 +153,13 @@ def mount(request: MountRequest) -> None:
     if request.foreground:
         from polefs.node.daemon import run
 
-        run(request, lambda: None)
+        run(request, lambda warning: None)
     else:
         from polefs.node.background import start
 
-        start(request)
+        warning = start(request)
+        if warning is not None:
+            print(f"polefs: {warning}", file=sys.stderr)
 
 
 def _absolute(path: str | None) -> str | None:

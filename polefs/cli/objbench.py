@@ -100,7 +100,7 @@ def _latencies(report: Report) -> Table:
 def _throughputs(report: Report) -> Table:
     from rich.table import Table
 
-    from polefs.cli.sizes import format_size
+    from polefs.node.sizes import format_size
 
     concurrencies = sorted({each.concurrency for each in report.throughputs})
     table = Table("MiB/s (requests/s)", *(f"{count} at once" for count in concurrencies), box=None, pad_edge=False)

@@ -98,7 +98,7 @@ def _print(json: object, statuses: list[Status]) -> None:
 
 
 def _lines(status: Status) -> list[tuple[str, str]]:
-    from polefs.cli.sizes import format_size
+    from polefs.node.sizes import format_size
 
     lines = [("volume", status.volume), ("name", status.name), ("uuid", status.uuid)]
     if status.store is not None:

@@ -17,7 +17,7 @@ from polefs.node.options import MountRequest
 
 
 class _Ready(msgspec.Struct, frozen=True, tag="ready"):
-    pid: int
+    warning: str | None
 
 
 class _Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -26,8 +26,9 @@ class _Refused(msgspec.Struct, frozen=True, tag="refused"):
     status: int
 
 
-def start(request: MountRequest) -> int:
-    """Start the daemon and wait until the mount can be used; returns its pid. Raises the daemon's ``Refusal``."""
+def start(request: MountRequest) -> str | None:
+    """Start the daemon and wait until the mount can be used; returns what is not as it should be, for people. Raises
+    the daemon's ``Refusal``."""
     command = [sys.executable, "-P", "-m", "polefs.node", request.volume, request.mountpoint]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=_environment()
@@ -52,7 +53,7 @@ def start(request: MountRequest) -> int:
         child.wait()
         raise Refusal(answer.number, answer.message, answer.status)
     child.returncode = 0  # It lives on without us: nobody is to wait for it.
-    return answer.pid
+    return answer.warning
 
 
 def child() -> int:
@@ -61,9 +62,9 @@ def child() -> int:
     os.chdir("/")
     told = False
 
-    def ready() -> None:
+    def ready(warning: str | None) -> None:
         nonlocal told
-        _tell(_Ready(os.getpid()))
+        _tell(_Ready(warning))
         told = True
         _leave_terminal(request.log_file)
 

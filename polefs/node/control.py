@@ -18,7 +18,7 @@ from typing import Protocol
 
 import msgspec
 
-from polefs.node.errors import plain
+from polefs.node.errors import Refusal, plain
 from polefs.node.status import CacheStatus, Status
 
 log = logging.getLogger(__name__)
@@ -205,15 +205,15 @@ class ControlClient:
         self._connection.close()
 
     def request(self, request: Request, *, patience: float | None = None) -> Iterator[Reply]:
-        """The replies. ``Failed`` is raised as the OSError that it tells of; TimeoutError when the daemon says nothing
-        for ``patience`` seconds; ConnectionError when it ends before its last reply."""
+        """The replies. ``Failed`` is raised as the ``Refusal`` that it tells of; TimeoutError when the daemon says
+        nothing for ``patience`` seconds; ConnectionError when it ends before its last reply."""
         self._connection.settimeout(patience)
         self._connection.sendall(msgspec.json.encode(request) + b"\n")
         with self._connection.makefile("rb") as stream:
             for line in stream:
                 reply: Reply = msgspec.json.decode(line, type=Reply)
                 if isinstance(reply, Failed):
-                    raise OSError(reply.number, reply.message)
+                    raise Refusal(reply.number, reply.message)
                 yield reply
                 if not isinstance(reply, Progress):
                     return

@@ -31,6 +31,7 @@ from polefs.node.logs import LEVELS, current_level, set_level, set_up_logging
 from polefs.node.mountinfo import find_mount
 from polefs.node.mountpoint import check_mountpoint
 from polefs.node.options import MountRequest
+from polefs.node.sizes import format_size
 from polefs.node.status import CacheStatus, Status
 from polefs.node.storage import Storage, open_storage
 from polefs.node.volume import Volume, open_or_make_volume
@@ -44,13 +45,16 @@ log = logging.getLogger(__name__)
 PROGRESS_INTERVAL = 0.2
 """Between two progress messages, seconds."""
 
+Ready = Callable[[str | None], None]
+"""Called once a mount can be used, with what is not as it should be, for people."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)"""
 
 
-def run(request: MountRequest, ready: Callable[[], None]) -> None:
-    """Mount and serve until unmounted; ``ready`` is called once the mount can be used. Raises ``Refusal`` when it
-    cannot be mounted, ``OSError`` when contents could not be written back at the end."""
+def run(request: MountRequest, ready: Ready) -> None:
+    """Mount and serve until unmounted. Raises ``Refusal`` when it cannot be mounted, ``OSError`` when contents could
+    not be written back at the end."""
     request.mountpoint = check_mountpoint(request.mountpoint, request.volume, nonempty=request.nonempty)
     check_fuse()
     os.umask(0o077)
@@ -75,13 +79,20 @@ def run(request: MountRequest, ready: Callable[[], None]) -> None:
         volume.unlock()
 
 
-async def serve_volume(volume: Volume, request: MountRequest, ready: Callable[[], None]) -> None:
+async def serve_volume(volume: Volume, request: MountRequest, ready: Ready) -> None:
     """Join the volume's storage, the file system and the kernel, until the end of the mount."""
     with contextlib.ExitStack() as stack:
         trace: TextIO | None = None
         if request.trace is not None:
             trace = stack.enter_context(_open_trace(request.trace))
-        storage = await open_storage(volume, request.secret, request.cache)
+        storage = await open_storage(
+            volume,
+            request.secret,
+            request.cache,
+            store_timeout=request.store_timeout,
+            dirty_limit=request.dirty_limit,
+            patient=True,
+        )
         options = MountOptions(
             source=volume.path,
             subtype="polefs",
@@ -132,14 +143,14 @@ class MountedVolume:
         self._failure: OSError | None = None
         self._stopping: asyncio.Task[None] | None = None
 
-    async def serve(self, ready: Callable[[], None]) -> None:
+    async def serve(self, ready: Ready) -> None:
         """Mount, serve, save. Raises ``Refusal`` when the mount fails, ``OSError`` when saving does."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         try:
             await self._mount()
-            ready()
+            ready(self._storage.warning)
             log.info("mounted %s on %s, polefs %s", self._volume.path, self._request.mountpoint, __version__)
             await self._session.serve()
         finally:
@@ -212,8 +223,8 @@ class MountedVolume:
         except OSError as error:
             self._failure = Refusal(
                 error.errno or errno.EIO,
-                f"contents could not be written back ({plain(error)}): they are kept in {self._volume.local} and the "
-                "next mount writes them back",
+                f"{format_size(self._storage.files.dirty_bytes)} could not be written back ({plain(error)}): all of it "
+                f"is kept in {self._volume.local} and goes up at the next mount",
             )
             raise self._failure from error
         finally:
@@ -364,7 +375,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
-def _run_profiled(runner: asyncio.Runner, volume: Volume, request: MountRequest, ready: Callable[[], None]) -> None:
+def _run_profiled(runner: asyncio.Runner, volume: Volume, request: MountRequest, ready: Ready) -> None:
     import cProfile
 
     profile = cProfile.Profile()

@@ -48,6 +48,10 @@ class MountRequest(msgspec.Struct, kw_only=True):
     secret: bytes | None = None
     """Opens an encrypted volume."""
     cache: CacheOptions = CacheOptions()
+    store_timeout: float | None = None
+    """Seconds that a bucket may be out of reach until programs get errors, 0: for ever; None: as it is by default."""
+    dirty_limit: int | None = None
+    """Most bytes that wait to be written back; None: as it is by default."""
     passthrough: bool = True
     """Whether the kernel may read cache files itself."""
 
@@ -78,6 +82,8 @@ class Options(msgspec.Struct, kw_only=True):
     cache_dir: str | None = None
     cache_size: str | None = None
     cache_free: str | None = None
+    store_timeout: str | None = None
+    dirty_limit: str | None = None
     passthrough: bool = True
 
 
@@ -113,6 +119,8 @@ _VALUES = {
     "cache_dir": "DIRECTORY",
     "cache_size": "SIZE",
     "cache_free": "SIZE",
+    "store_timeout": "DURATION",
+    "dirty_limit": "SIZE",
 }
 """Option -> what its value is; each is an attribute of ``Options``."""
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
+import math
+import resource
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -17,18 +21,31 @@ from polefs.meta.store.sqlite import SqliteStore
 from polefs.node.cache import CacheOptions, open_cache
 from polefs.node.errors import Refusal, plain
 from polefs.node.status import Status
+from polefs.objects.base import StoreError
+from polefs.objects.localio import space_of
 from polefs.objects.location import DirectoryLocation
 
 if TYPE_CHECKING:
+    from polefs.data.dirty import Limits
     from polefs.data.files import FileStore
     from polefs.data.frames import Codec
     from polefs.meta.service import MetaService
     from polefs.node.volume import Contents, Volume
     from polefs.objects.base import ObjectStore
 
+log = logging.getLogger(__name__)
 
 OPEN_SECONDS = 6.0
-"""For reaching an object store when a volume is made or opened; what does not answer by then is down."""
+"""For reaching an object store when a volume is made or checked; what does not answer by then is down."""
+
+MOUNT_SECONDS = 2.0
+"""The same when it is mounted: a mount goes on without."""
+
+DIRTY_MIN, DIRTY_MAX = 32 << 20, 16 << 30
+"""What the limit of contents that are not yet written back is at least and at most by default, bytes."""
+
+STORE_TIMEOUT = 300.0
+"""Seconds that a store may be out of reach until programs get errors, unless options say otherwise."""
 
 
 class Storage:
@@ -38,6 +55,8 @@ class Storage:
         self.meta = meta
         self.objects = objects
         self.files = files
+        self.warning: str | None = None
+        """What is not as it should be, for people."""
 
     async def close(self) -> None:
         """Write back everything, then close. When contents cannot be written back they stay in the volume's ``local``
@@ -52,24 +71,46 @@ class Storage:
 
 
 async def open_storage(
-    volume: Volume, secret: bytes | None = None, cache_options: CacheOptions | None = None
+    volume: Volume,
+    secret: bytes | None = None,
+    cache_options: CacheOptions | None = None,
+    *,
+    store_timeout: float | None = None,
+    dirty_limit: int | None = None,
+    patient: bool = False,
 ) -> Storage:
-    """Open a locked volume and finish what a killed daemon has left. ``secret`` opens an encrypted one. ``Refusal``
-    when a part is missing, damaged or out of reach, or the secret is another."""
+    """Open a locked volume, with what a killed daemon has left, which is written back from then on. ``secret`` opens an
+    encrypted one; ``store_timeout`` and ``dirty_limit`` are as ``MountRequest`` has them; ``patient``: a store that is
+    out of reach is only a ``warning``. ``Refusal`` when a part is missing, damaged or out of reach, or the secret is
+    another."""
     from polefs.data.files import FileStore
     from polefs.meta.service import MetaService
 
     codec = make_codec(volume, secret)
+    if store_timeout is not None and isinstance(volume.info.contents.objects, DirectoryLocation):
+        raise Refusal(
+            errno.EINVAL, f"volume {volume.path} keeps its contents in a local directory: leave out store_timeout", 2
+        )
+    timeout = (STORE_TIMEOUT if store_timeout is None else store_timeout) or math.inf
     cache = open_cache(volume, cache_options or CacheOptions())
     store = open_store(volume)
     try:
-        objects = await open_objects(volume)
+        objects, warning = await _reach_objects(volume, timeout) if patient else (await open_objects(volume), None)
     except BaseException:
         store.shutdown()
         raise
     meta = MetaService(store)
     to_store = volume.info.contents.durability == "s3"
-    files = FileStore(meta, objects, volume.local, codec=codec, cache=cache, sync_to_store=to_store)
+    files = FileStore(
+        meta,
+        objects,
+        volume.local,
+        limits=_limits(volume, dirty_limit),
+        codec=codec,
+        cache=cache,
+        sync_to_store=to_store,
+        store_timeout=timeout,
+    )
     try:
         await meta.start()
         await files.recover()
@@ -80,11 +121,41 @@ async def open_storage(
         raise Refusal(
             error.errno or errno.EIO, f"cannot bring back the contents kept in {volume.local}: {plain(error)}"
         ) from error
-    return Storage(meta, objects, files)
+    storage = Storage(meta, objects, files)
+    storage.warning = warning
+    return storage
 
 
-async def open_objects(volume: Volume) -> ObjectStore:
-    """The store of a volume's contents, once it is known to be its own. ``Refusal`` when it cannot be used."""
+def _limits(volume: Volume, dirty_limit: int | None) -> Limits:
+    """What may wait to be written back in ``local``: by default half of what is free there, for what has been written
+    back goes only with all of its time."""
+    from polefs.data.dirty import Limits
+
+    if dirty_limit is None:
+        dirty_limit = min(max(space_of(volume.local).bytes_available // 2, DIRTY_MIN), DIRTY_MAX)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Limits(local=dirty_limit, replicas=max(files // 2, 1))
+
+
+async def _reach_objects(volume: Volume, timeout: float) -> tuple[ObjectStore, str | None]:
+    """As ``open_objects``; one that is out of reach is not used before it is known to be the volume's own, and what
+    keeps us from it is told."""
+    reasons: list[str] = []
+    store = await open_objects(volume, MOUNT_SECONDS, out_of_reach=reasons.append)
+    store.set_deadline(timeout)
+    if not reasons:
+        return store, None
+    warning = f"mounted all the same: {reasons[0]}; contents that are not cached cannot be read until then"
+    log.warning("%s", warning)
+    return store, warning
+
+
+async def open_objects(
+    volume: Volume, seconds: float = OPEN_SECONDS, *, out_of_reach: Callable[[str], object] | None = None
+) -> ObjectStore:
+    """The store of a volume's contents, once it is known to be its own. ``Refusal`` when it cannot be used. When it
+    does not answer for so many seconds, and ``out_of_reach`` is given, that is called with the reason, and all that is
+    made sure when it is first used."""
     location = volume.info.contents.objects
     if isinstance(location, DirectoryLocation):
         from polefs.objects.directory import DirectoryStore
@@ -95,9 +166,15 @@ async def open_objects(volume: Volume) -> ObjectStore:
     from polefs.objects.s3operate import DEADLINE
 
     try:
-        store = await S3Store.open(location, deadline=OPEN_SECONDS)
+        store = await S3Store.open(location, deadline=seconds)
         try:
             await check(store, volume.info.uuid)
+        except StoreError as error:
+            if out_of_reach is None or not error.transient:
+                await store.close()
+                raise
+            out_of_reach(plain(error))
+            store.before_use = partial(check, store, volume.info.uuid)
         except BaseException:
             await store.close()
             raise

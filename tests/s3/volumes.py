@@ -75,6 +75,10 @@ class S3Volume:
         assert self.server is not None
         self._forget().unmount()
 
+    def ended(self) -> int:
+        """The daemon's exit code, once it has ended by itself."""
+        return self._forget().wait(COMMAND_SECONDS)
+
     def kill(self) -> None:
         """SIGKILL of the daemon, and the dead mount is removed."""
         self._forget().kill()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from polefs.cli.sizes import SIZE_MAX, format_size, parse_size
 from polefs.node.errors import Refusal
 from polefs.node.mountinfo import Mount, find_mount, mounts, parse_mountinfo, resolve
 from polefs.node.options import MountFlag, MountRequest, parse_options
+from polefs.node.sizes import SIZE_MAX, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,20 @@ def test_sizes(text: str, size: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(Refusal, match="is no size"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("90s", 90), ("5m", 300), ("1.5 h", 5400), ("2d", 172800), ("0.5s", 0.5)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "m", "5 minutes", "1h30m", "inf"])
+def test_no_durations(text: str) -> None:
+    with pytest.raises(Refusal, match="is no duration"):
+        parse_duration(text)
 
 
 def test_shown_sizes() -> None:

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them, in powers of 1024."""
+"""Sizes and durations as people write and read them; sizes in powers of 1024."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*(?:([{_UNITS}])(?:i?B)?|B)?", re.IGNOREC
 
 SIZE_MAX = (1 << 63) - 1
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd]?)")
+
 
 def parse_size(text: str) -> int:
     """Bytes of ``500M``, ``10GiB``, ``1.5T``, ``4096``. ``Refusal`` EINVAL, also for 0 and past 2^63 - 1."""
@@ -21,6 +24,14 @@ def parse_size(text: str) -> int:
         if 0 < size <= SIZE_MAX:
             return size
     raise Refusal(errno.EINVAL, f"'{text}' is no size: write it like 500M, 10G or 1.5T", 2)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``90``, ``90s``, ``5m``, ``1.5h``, ``2d``, ``0``. ``Refusal`` EINVAL."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise Refusal(errno.EINVAL, f"'{text}' is no duration: write it like 90s, 5m or 1h", 2)
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_size(size: int) -> str:
