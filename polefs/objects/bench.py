@@ -191,7 +191,7 @@ class _Bench:
         name = self._store.location.key(next(self._names))
         headers = {"Content-Length": "5", "x-amz-checksum-crc32c": "AAAAAA=="}
         try:
-            await self._store.plane.request("PUT", name, headers, body=[b"wrong"])
+            await self._store.plane.put(name, headers, [b"wrong"])
         except AnswerError as error:
             return "" if error.answer.status == 400 else f"refused with status {error.answer.status}"
         return "a wrong CRC-32C is accepted: bytes damaged on the way up are found only when they are read"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from polefs.objects.base import UNLIMITED, ObjectInfo, Space, StoreError, Upload
 from polefs.objects.location import S3Location
+from polefs.objects.s3connections import CONNECT_SECONDS, SILENCE_SECONDS
 from polefs.objects.s3delete import Deleter
 from polefs.objects.s3errors import AnswerError, explain
-from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS
 from polefs.objects.s3http import Buffer, DataPlane, checksum_of
 from polefs.objects.s3list import Lister
 from polefs.objects.s3multipart import MULTIPART_ABOVE, PART_SIZE, MultipartPut
@@ -219,7 +219,7 @@ class S3Store:
 
         async def attempt() -> bool:
             try:
-                await self.plane.request("PUT", name, headers, body=parts)
+                await self.plane.put(name, headers, parts)
             except AnswerError as error:
                 if error.answer.status != 412:
                     raise

@@ -14,7 +14,7 @@ import botocore.exceptions as boto
 import msgspec
 
 from polefs.objects.base import StoreError
-from polefs.objects.s3fetch import BrokenAnswer, ConnectError
+from polefs.objects.s3connections import BrokenAnswer, ConnectError
 
 _KEYS: Final = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws/credentials"
 

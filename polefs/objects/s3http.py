@@ -1,8 +1,8 @@
 """Signed requests for single objects, sent with aiohttp itself.
 
 botocore's way to a GET (parameters, endpoint rules, hooks, parsers) takes five times the CPU time of the request. So
-the objects themselves travel this way: botocore says once where the bucket is, gives the credentials and signs. GETs of
-contents, of which there are the most, go a shorter way yet (``s3fetch``), unless an HTTP proxy stands between.
+the objects themselves travel this way: botocore says once where the bucket is, gives the credentials and signs. What
+holds contents goes a shorter way yet (``s3connections``), unless an HTTP proxy stands between.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from botocore.exceptions import CredentialRetrievalError, NoCredentialsError
 from yarl import URL
 
 from polefs.objects.base import StoreError
+from polefs.objects.s3connections import CONNECT_SECONDS, SILENCE_SECONDS, Connections, Response
 from polefs.objects.s3errors import Answer, AnswerError
-from polefs.objects.s3fetch import CONNECT_SECONDS, SILENCE_SECONDS, Fetcher, Response
 
 if TYPE_CHECKING:
     from aiobotocore.config import AioConfig
@@ -58,7 +58,7 @@ class DataPlane:
     def __init__(
         self,
         session: aiohttp.ClientSession,
-        fetcher: Fetcher | None,
+        contents: Connections | None,
         credentials: Any,
         config: AioConfig,
         presigned: str,
@@ -71,7 +71,7 @@ class DataPlane:
         self.server = f"{parts.scheme}://{parts.netloc}"
         self._host = _host_header(parts)
         self._session = session
-        self._fetcher = fetcher
+        self._connections = contents
         self._silence = SILENCE_SECONDS
         self._watches: set[asyncio.Timeout] = set()
         self._credentials = credentials
@@ -91,10 +91,10 @@ class DataPlane:
         if parts.scheme == "https":
             tls = await asyncio.to_thread(_trusting, ca_bundle)
         proxy = _proxy_for(parts)
-        fetcher: Fetcher | None = None
+        contents: Connections | None = None
         if proxy is None:
             assert parts.hostname is not None
-            fetcher = Fetcher(parts.hostname, parts.port or _PORTS[parts.scheme], tls, connections)
+            contents = Connections(parts.hostname, parts.port or _PORTS[parts.scheme], tls, connections)
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections, ssl=tls or True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
@@ -103,14 +103,14 @@ class DataPlane:
             read_bufsize=_READ_AHEAD,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
-        return cls(session, fetcher, credentials, config, presigned)
+        return cls(session, contents, credentials, config, presigned)
 
     def limit_silence(self, seconds: float) -> None:
         """How long a connection may be silent, in place of ``SILENCE_SECONDS`` if that is less; also one of a request
         that is under way."""
         self._silence = min(seconds, SILENCE_SECONDS)
-        if self._fetcher is not None:
-            self._fetcher.limit_silence(self._silence)
+        if self._connections is not None:
+            self._connections.limit_silence(self._silence)
         ends = asyncio.get_running_loop().time() + self._silence
         for watch in self._watches:
             watch.reschedule(min(watch.when() or ends, ends))
@@ -133,16 +133,21 @@ class DataPlane:
     async def get(self, key: str, offset: int, length: int) -> Response:
         """A part of an object: status 206, and fewer bytes only at its end."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        if self._fetcher is None:
+        if self._connections is None:
             return await self.request("GET", key, headers, limit=length)
         url = self.url(key)
-        target = url.removeprefix(self.server)
-        signed = await self._sign("GET", url, headers)
-        signed["Host"] = self._host
-        response = await self._fetcher.get(target, signed, length)
-        if response.status >= 300:
-            raise AnswerError(_read_error(response.status, response.headers, response.body))
-        return response
+        response = await self._connections.get(*await self._signed("GET", url, headers), length)
+        return _success(response)
+
+    async def put(
+        self, key: str, headers: Mapping[str, str], body: Sequence[Buffer], query: Mapping[str, str] | None = None
+    ) -> Response:
+        """``headers`` have the length and the checksum of ``body``."""
+        if self._connections is None:
+            return await self.request("PUT", key, headers, query=query, body=body)
+        url = _with_query(self.url(key), query)
+        response = await self._connections.put(*await self._signed("PUT", url, headers), body)
+        return _success(response)
 
     async def request(
         self,
@@ -155,9 +160,7 @@ class DataPlane:
         limit: int = 0,
     ) -> Response:
         """``key`` is that in the bucket. An answer with more than ``limit`` bytes is cut off there."""
-        url = self.url(key)
-        if query:
-            url += "?" + urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
+        url = _with_query(self.url(key), query)
         signed = await self._sign(method, url, headers)
         async with self._watched() as moved:
             data = None if body is None else _Body(body, moved)
@@ -169,9 +172,15 @@ class DataPlane:
                 content = await _read_part(response.content, limit, moved)
                 return Response(response.status, response.headers, content)
 
+    async def _signed(self, method: str, url: str, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """What is asked for, and the headers, as ``Connections`` takes them."""
+        signed = await self._sign(method, url, headers)
+        signed["Host"] = self._host
+        return url.removeprefix(self.server), signed
+
     async def close(self) -> None:
-        if self._fetcher is not None:
-            self._fetcher.close()
+        if self._connections is not None:
+            self._connections.close()
         await self._session.close()
 
     async def _sign(self, method: str, url: str, headers: Mapping[str, str]) -> dict[str, str]:
@@ -229,6 +238,16 @@ def _checksum(parts: Sequence[Buffer]) -> str:
     for part in parts:
         crc = google_crc32c.extend(crc, part if isinstance(part, bytes) else bytes(part))
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def _with_query(url: str, query: Mapping[str, str] | None) -> str:
+    return f"{url}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}" if query else url
+
+
+def _success(response: Response) -> Response:
+    if response.status >= 300:
+        raise AnswerError(_read_error(response.status, response.headers, response.body))
+    return response
 
 
 async def _read_part(stream: aiohttp.StreamReader, limit: int, moved: Callable[[], None]) -> bytes:

@@ -85,8 +85,8 @@ class MultipartPut:
         query = {"partNumber": str(number), "uploadId": self._upload}
 
         async def attempt() -> str:
-            answer = await self._plane.request("PUT", self._name, headers, query=query, body=piece)
-            return answer.headers["ETag"]
+            answer = await self._plane.put(self._name, headers, piece, query)
+            return answer.headers["etag"]
 
         etag = await self._operator.run(attempt, self._url, length)
         return {"PartNumber": number, "ETag": etag, "ChecksumCRC32C": checksum}
