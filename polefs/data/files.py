@@ -14,7 +14,7 @@ import asyncio
 import errno
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Final
@@ -24,13 +24,16 @@ from polefs.data.cache.directory import CacheDirectory
 from polefs.data.cache.rangeset import Range
 from polefs.data.cache.reader import CachedContents
 from polefs.data.cache.store import CacheLimits
+from polefs.data.compact import Compactor
 from polefs.data.dirty import DirtyFiles, Limits
 from polefs.data.durability import JournalLog
 from polefs.data.extentcache import ExtentCache
 from polefs.data.fetch import FramedSegments, PlainSegments, Segments
 from polefs.data.flusher import Flusher
 from polefs.data.frames import Buffer, Codec
+from polefs.data.garbage import GarbageCollector
 from polefs.data.journal import Journal, journal_name, journal_number
+from polefs.data.lost import LostObjects
 from polefs.data.patience import FOREVER, Patience
 from polefs.data.reader import Reader, seek
 from polefs.data.reclaim import Reclaimer
@@ -84,13 +87,16 @@ class FileStore:
         budget: MemoryBudget | None = None,
         cache: tuple[CacheDirectory, CacheLimits] | None = None,
         sync_to_store: bool = False,
+        grace: float = 0.0,
+        gc_interval: float = 0.0,
         store_timeout: float = FOREVER,
     ) -> None:
         """``flush_after``: seconds that a change may stay uncommitted. ``codec``: how contents are stored, in frames;
         None where objects are local files, whose bytes are the contents. ``budget``: the memory for contents on their
         way. ``cache``: where contents that come in frames are kept; it is closed with this. ``sync_to_store``: what
-        is synced is in the object store and committed, not only on this machine's disk. ``store_timeout``: seconds
-        that a store may be out of reach until who waits for write-back gets ETIMEDOUT, which does not end that."""
+        is synced is in the object store and committed, not only on this machine's disk. ``grace``: seconds that dead
+        objects are kept. ``gc_interval``: as of ``GarbageCollector``. ``store_timeout``: seconds that a store may be
+        out of reach until who waits for write-back gets ETIMEDOUT, which does not end that."""
         self._meta = meta
         self._objects = objects
         self._patience = Patience(objects, store_timeout)
@@ -102,14 +108,13 @@ class FileStore:
         self.budget = budget or MemoryBudget(_MEMORY)
         self.cached: CachedContents | None = None
         """Contents through the cache, where there is one."""
-        segments: Segments = PlainSegments(objects)
-        if codec is not None:
-            segments = framed = FramedSegments(meta, objects, codec, self._threads, self.budget)
-            if cache is not None:
-                memory = MemoryBudget(self.budget.limit)
-                self.cached = CachedContents(meta, self._extents, framed, *cache, memory)
+        framed = FramedSegments(meta, objects, codec or Codec(), self._threads, self.budget)
+        segments: Segments = framed if codec is not None else PlainSegments(objects)
+        if codec is not None and cache is not None:
+            memory = MemoryBudget(self.budget.limit)
+            self.cached = CachedContents(meta, self._extents, framed, *cache, memory)
         self._reader = Reader(meta, segments, self._extents, self._threads, self.cached)
-        self._reclaimer = Reclaimer(meta, objects)
+        self._reclaimer = Reclaimer(meta, objects, grace)
         os.makedirs(self._directory, exist_ok=True)
         numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
         self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
@@ -127,6 +132,17 @@ class FileStore:
             None if self.cached is None else self.cached.cache.keep,
         )
         self._flusher = Flusher(meta, self._dirty, self._writeback, flush_after, self._patience)
+        memory, ids = self._writeback.memory, self._writeback.ids
+        self.garbage = GarbageCollector(
+            meta,
+            objects,
+            self._reclaimer,
+            # What is read for it is verified, so that damage is not written anew with a checksum that fits.
+            Compactor(meta, objects, codec, framed, self._threads, memory, ids, self._known_no_more),
+            LostObjects(meta, objects, ids),
+            ids,
+            gc_interval,
+        )
 
     # Life
 
@@ -142,16 +158,17 @@ class FileStore:
         if found.journals:
             self._log.adopt(found.journals)
             self._dirty.adopt(found.states, found.replicas)
-        self._writeback.doubtful += found.segments
+        self._writeback.ids.doubt(found.segments)
         for ino, mtime in found.mtimes.items():
             await self._meta.set_attributes(ino, SetAttr(mtime=mtime))
         keep = {os.path.basename(replica.path) for _, replica in found.replicas}
         await asyncio.get_running_loop().run_in_executor(self._threads, self._clean, keep)
 
     def start(self) -> None:
-        """Start write-back and the deletion of dead objects in the background."""
+        """Start write-back and garbage collection in the background."""
         self._flusher.start()
         self._reclaimer.start()
+        self.garbage.start()
 
     async def close(self) -> None:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
@@ -159,6 +176,7 @@ class FileStore:
         saved = False
         self._objects.set_deadline(min(self._patience.seconds, _END_SECONDS))
         try:
+            await self.garbage.stop()
             await self._flusher.finish()
             await self._meta.sync()
             saved = True
@@ -391,7 +409,8 @@ class FileStore:
         return self._dirty.bytes
 
     def reclaim_soon(self) -> None:
-        """Delete the objects of dead segments in the background: files have been removed, or overwritten."""
+        """Files have been removed, or overwritten: where there is no grace time, delete the objects of dead segments in
+        the background."""
         self._reclaimer.soon()
 
     @asynccontextmanager
@@ -409,7 +428,7 @@ class FileStore:
                 finally:
                     self._known_no_more(changes)
 
-    def _known_no_more(self, inos: Mapping[int, object]) -> None:
+    def _known_no_more(self, inos: Iterable[int]) -> None:
         for ino in inos:
             self._extents.invalidate(ino)
 

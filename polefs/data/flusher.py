@@ -158,7 +158,7 @@ class Flusher:
     async def _retire(self) -> None:
         dirty = self._dirty
         async with self._retiring:
-            await self._writeback.discard_doubtful()
+            await self._writeback.ids.discard_doubtful()
             oldest = dirty.oldest()
             await self._meta.sync()
             await dirty.log.retire(oldest, dirty.retired(oldest))

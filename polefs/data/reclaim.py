@@ -1,9 +1,10 @@
-"""Deleting the objects of dead segments in the background."""
+"""Deleting the objects of dead segments."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 from polefs.meta.api import MetaAPI
@@ -13,11 +14,15 @@ log = logging.getLogger(__name__)
 
 _BATCH: Final = 256
 
+_SECOND: Final = 10**9
+
 
 class Reclaimer:
-    """Deletes what no metadata refers to, whenever ``soon`` was called."""
+    """Deletes the objects of segments that have been dead for ``grace`` seconds: without a grace time in the
+    background, whenever ``soon`` was called; otherwise when it is told to, and once at the start."""
 
-    def __init__(self, meta: MetaAPI, objects: ObjectStore) -> None:
+    def __init__(self, meta: MetaAPI, objects: ObjectStore, grace: float = 0.0) -> None:
+        self.grace = grace
         self._meta = meta
         self._objects = objects
         self._wanted = asyncio.Event()
@@ -26,7 +31,7 @@ class Reclaimer:
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="reclaimer")
-        self.soon()
+        self._wanted.set()
 
     async def stop(self) -> None:
         if self._task is not None:
@@ -35,19 +40,39 @@ class Reclaimer:
             self._task = None
 
     def soon(self) -> None:
-        self._wanted.set()
+        if not self.grace:
+            self._wanted.set()
 
-    async def reclaim(self) -> None:
-        """Delete the objects of all dead segments now."""
+    async def reclaim(
+        self, grace: float | None = None, gone: Callable[[Sequence[int]], Awaitable[None]] | None = None
+    ) -> None:
+        """Delete now what has been dead for that time, by default the volume's own. ``gone`` is called with the numbers
+        of segments whose objects have been deleted, while the metadata still have their rows."""
+        due = self.grace if grace is None else grace
         async with self._lock:
-            while dead := await self._meta.dead_segments(0, 0, _BATCH):
+            while dead := await self._meta.dead_segments(int(due * _SECOND), 0, _BATCH):
                 # The death must survive a loss of power before the object goes.
                 await self._meta.sync()
                 await self._objects.delete([segment_key(segment) for segment in dead])
+                if gone is not None:
+                    await gone(dead)
                 await self._meta.forget_segments(dead)
 
+    async def dead(self, grace: float) -> AsyncIterator[list[int]]:
+        """What ``reclaim`` would delete, in pages."""
+        after = 0
+        while page := await self._meta.dead_segments(int(grace * _SECOND), after, _BATCH):
+            yield page
+            after = page[-1]
+
     async def reclaim_if_possible(self) -> None:
-        """As ``reclaim``; what cannot be deleted now is left for later, and that is no failure."""
+        """As ``reclaim``, where there is no grace time; what cannot be deleted now is left for later, and that is no
+        failure."""
+        if self.grace:
+            return
+        await self._try()
+
+    async def _try(self) -> None:
         try:
             await self.reclaim()
         except OSError as error:
@@ -58,6 +83,6 @@ class Reclaimer:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                await self.reclaim_if_possible()
+                await self._try()
             except Exception:
                 log.exception("deleting dead segments failed")

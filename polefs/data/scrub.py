@@ -13,7 +13,7 @@ from polefs.data.frames import Codec, FrameTable
 from polefs.meta.model import Segment
 from polefs.meta.rules import Kind, Problem
 from polefs.meta.store.sqlite import SqliteStore
-from polefs.objects.base import ObjectStore, segment_key, segment_of
+from polefs.objects.base import SEGMENTS, ObjectStore, segment_key, segment_of
 
 _DELETE_BATCH: Final = 1000
 
@@ -37,7 +37,7 @@ async def check_objects(
     sizes: dict[int, int] = {}
     garbage: list[str] = []
     known = {row[0] for row in store.rows("SELECT id FROM segment")}
-    async for info in objects.list("segments/"):
+    async for info in objects.list(SEGMENTS):
         id_ = segment_of(info.key)
         if id_ in known:
             sizes[id_] = info.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -130,28 +131,56 @@ def prepare_adoption(
 
 class SegmentIds:
     """Segment numbers whose reservation is durable: after a loss of power none of them is handed out a second time,
-    so that an object that was written but not committed is never taken for another."""
+    so that an object that was written but not committed is never taken for another. A number is *under way* until it
+    is settled: committed, or given up for good."""
 
     def __init__(self, meta: MetaAPI, taken: Callable[[int], None]) -> None:
         """``taken`` is called with each number that is handed out."""
         self._meta = meta
         self._taken = taken
         self._free: deque[int] = deque()
+        self._reserving = asyncio.Lock()
+        self._under_way: set[int] = set()
+        self._doubtful: list[int] = []
 
     async def take(self) -> int:
-        while not self._free:
-            first = await self._meta.allocate_segments(_IDS)
-            await self._meta.sync()
-            self._free.extend(range(first, first + _IDS))
+        await self._reserve()
         number = self._free.popleft()
+        self._under_way.add(number)
         self._taken(number)
         return number
 
+    def settle(self, numbers: Iterable[int]) -> None:
+        """These are committed, or were never used."""
+        self._under_way.difference_update(numbers)
 
-async def discard_uncommitted(meta: MetaAPI, segments: Iterable[int]) -> None:
-    """Let the objects of those segments that have not been committed be deleted as any dead segment's."""
-    for number in segments:
-        try:
-            await meta.commit_data([Segment(number, 0, ())], [])
-        except FileExistsError:
-            pass  # committed
+    def doubt(self, numbers: Iterable[int]) -> None:
+        """Objects of these may have been written, while it is not known whether they were committed."""
+        self._under_way.update(numbers)
+        self._doubtful += numbers
+
+    async def discard_doubtful(self) -> None:
+        """Let the objects of those that have not been committed be deleted as any dead segment's."""
+        while self._doubtful:
+            number = self._doubtful[-1]
+            try:
+                await self._meta.commit_data([Segment(number, 0, ())], [])
+            except FileExistsError:
+                pass  # committed
+            if number in self._doubtful:
+                self._doubtful.remove(number)
+            self.settle([number])
+
+    async def floor(self) -> int:
+        """No smaller number is under way, nor will be."""
+        await self._reserve()
+        return min(self._under_way, default=self._free[0])
+
+    async def _reserve(self) -> None:
+        """Let there be numbers, in ascending order."""
+        while not self._free:
+            async with self._reserving:
+                if not self._free:
+                    first = await self._meta.allocate_segments(_IDS)
+                    await self._meta.sync()
+                    self._free.extend(range(first, first + _IDS))

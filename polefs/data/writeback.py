@@ -28,7 +28,6 @@ from polefs.data.segments import (
     DataPiece,
     Run,
     SegmentIds,
-    discard_uncommitted,
     load,
     prepare_adoption,
 )
@@ -129,9 +128,9 @@ class WriteBack:
         """Why it was, once that counts."""
         self._drained: asyncio.Future[None] | None = None
         self._committing: dict[int, list[DataCommit]] = {}
-        self.doubtful: list[int] = []
-        """Segments that were written while it is not known whether they were committed."""
         self.ids = SegmentIds(meta, dirty.note_segment)
+        self.memory = self._normal.memory
+        """For what nobody waits for."""
 
     def submit(self, ino: int, before: int | None, *, urgent: bool = False) -> asyncio.Future[None]:
         """Write back the layers of a file that belong to journals before ``before`` (None: all that it has when it is
@@ -179,15 +178,6 @@ class WriteBack:
         """Commits of this file that wait for their transaction leave the modification time alone."""
         for commit in self._committing.get(ino, ()):
             commit.mtime = None
-
-    async def discard_doubtful(self) -> None:
-        """Let the objects of segments that have not been committed be deleted as any dead segment's."""
-        doubtful, self.doubtful = self.doubtful, []
-        try:
-            await discard_uncommitted(self._meta, doubtful)
-        except BaseException:
-            self.doubtful += doubtful
-            raise
 
     async def stop(self) -> None:
         """Give up what is under way. Nothing may be submitted any more."""
@@ -312,9 +302,11 @@ class WriteBack:
                 await self._store(taken, numbers)
         except BaseException as failure:
             error = failure
-            self.doubtful += numbers
+            self.ids.doubt(numbers)
             if not isinstance(failure, Exception):
                 raise
+        else:
+            self.ids.settle(numbers)
         finally:
             done = [job.planned for job, _ in taken if self._conclude(job, error)]
         return done

@@ -117,9 +117,13 @@ class ObjectStore(Protocol):
     async def close(self) -> None: ...
 
 
+SEGMENTS = "segments/"
+"""What the keys of all segments start with."""
+
+
 def segment_key(segment: int) -> str:
     """The key of a segment's object; 256 consecutive segments share a prefix."""
-    return f"segments/{segment >> 8:x}/{segment:x}"
+    return f"{SEGMENTS}{segment >> 8:x}/{segment:x}"
 
 
 def segment_of(key: str) -> int:

@@ -50,8 +50,13 @@ class DirectoryStore:
         """It is never out of reach."""
 
     async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
-        """EEXIST when the key exists: objects are immutable."""
-        await self._run(self._put, key, parts)
+        """EEXIST when the key exists: objects are immutable. Who cancels it waits until nothing is being written."""
+        writing = self._run(self._put, key, parts)
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait([writing])
+            raise
 
     async def adopt(self, key: str, path: str) -> bool:
         return await self._run(self._adopt, key, path)

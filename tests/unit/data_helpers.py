@@ -82,6 +82,10 @@ class Volume:
         self.cache_limits = CacheLimits(size=1 << 40, free=0)
         self.limits = limits
         self.flush_after = flush_after
+        self.grace = 0.0
+        self.gc_interval = 0.0
+        self.codec = Codec()
+        """With which contents are stored where they are cached."""
         self.dying: Dying | None = None
 
     async def open(self) -> None:
@@ -102,7 +106,9 @@ class Volume:
             str(self.path / "local"),
             limits=self.limits,
             flush_after=self.flush_after,
-            codec=Codec() if self.cached else None,
+            codec=self.codec if self.cached else None,
+            grace=self.grace,
+            gc_interval=self.gc_interval,
             cache=(CacheDirectory.open(str(self.path / "cache"), "volume"), self.cache_limits) if self.cached else None,
         )
         await self.files.recover()
@@ -112,7 +118,8 @@ class Volume:
         for dying in (self.dying_meta, self.dying_objects):
             dying.countdown, dying.permanent, dying.error = 0, True, Crash()
             dying.methods = {"commit_data", "sync", "clone_range", "allocate_segments", "put", "adopt", "delete"}
-            dying.methods |= {"dead_segments", "forget_segments"}
+            dying.methods |= {"dead_segments", "forget_segments", "move_extents"}
+        await self.files.garbage.stop()
         await self.files._flusher.abandon()
         await self.files._reclaimer.stop()
         if self.files.cached is not None:

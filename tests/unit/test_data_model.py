@@ -222,6 +222,52 @@ class DataModel(RuleBasedStateMachine):
         self.check_all()
 
     @rule()
+    def collect_garbage(self) -> None:
+        self.run(self.volume.files.garbage.collect(grace=0))
+        self.check_all()
+
+    @rule(file=files, turns=st.integers(0, 60), offset=offsets, length=lengths, truncate=st.booleans())
+    def change_during_collection(self, file: int, turns: int, offset: int, length: int, truncate: bool) -> None:
+        async def work() -> None:
+            collecting = asyncio.create_task(self.volume.files.garbage.collect(grace=0))
+            await ticks(turns)
+            if truncate:
+                await self.volume.truncate(self.inos[file], offset)
+                del self.contents[file][offset:]
+                self.contents[file].extend(bytes(offset - len(self.contents[file])))
+            await self.do_write(file, offset, length)
+            await self.volume.files.flush(self.inos[file])
+            for other in range(FILES):
+                await self.check(other)
+            await collecting
+
+        self.run(work())
+        self.check_all()
+
+    @rule(
+        where=st.sampled_from(["put", "delete", "move_extents", "forget_segments", "sync"]),
+        count=st.integers(1, 3),
+        after=st.booleans(),
+    )
+    def crash_during_collection(self, where: str, count: int, after: bool) -> None:
+        volume = self.volume
+        dying = volume.dying_objects if where in ("put", "delete") else volume.dying_meta
+        dying.methods = {where}
+
+        async def work() -> None:
+            dying.after = after
+            dying.countdown = count
+            try:
+                await volume.files.garbage.collect(grace=0)
+            except Crash:
+                pass
+            await volume.crash()
+            await self.start()
+
+        self.run(work())
+        self.check_all()
+
+    @rule()
     def remount(self) -> None:
         self.run(self.volume.close())
         assert self.volume.local() == []
