@@ -1,4 +1,4 @@
-"""For every suite: how hypothesis runs, and the S3 server."""
+"""For every suite: how hypothesis runs, the S3 server and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.postgres.server import PostgresServer
 from tests.s3.server import BUCKET, Place, SeaweedServer
 
 # The same examples each time, so that a change is judged by what it changes; the longer form looks for new ones.
@@ -29,6 +30,17 @@ def s3_server() -> Iterator[SeaweedServer]:
             for name, value in server.environment.items():
                 patch.setenv(name, value)
             yield server
+    finally:
+        server.discard()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """PostgreSQL, started once; what must survive the loss of power does not."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
     finally:
         server.discard()
 

@@ -82,6 +82,7 @@ async def _stored_acl(tx: Reader, ino: int) -> list[acl.Entry]:
 
 
 async def touch_atime(tx: Transaction, times: Sequence[tuple[int, int]]) -> None:
+    tx.prefetch(inodes=[ino for ino, _ in times])
     for ino, atime in times:
         inode = await tx.inode(ino)
         if inode is not None:
@@ -93,6 +94,7 @@ async def touch_atime(tx: Transaction, times: Sequence[tuple[int, int]]) -> None
 
 
 async def get_xattr(tx: Reader, ino: int, name: bytes) -> bytes:
+    tx.prefetch(inodes=(ino,), xattrs=((ino, name),))
     inode = await existing(tx, ino)
     flag = _ACL_FLAGS.get(name, INODE_XATTR)
     value = await tx.xattr(ino, name) if inode.flags & flag else None
@@ -102,6 +104,7 @@ async def get_xattr(tx: Reader, ino: int, name: bytes) -> bytes:
 
 
 async def list_xattr(tx: Reader, ino: int) -> list[bytes]:
+    tx.prefetch(inodes=(ino,), xattrs=((ino, b""),))
     inode = await existing(tx, ino)
     return await tx.xattr_names(ino) if inode.flags & INODE_XATTR else []
 
@@ -123,6 +126,7 @@ async def set_xattr(tx: Transaction, ino: int, name: bytes, value: bytes, flags:
         raise error(errno.E2BIG)
     if flags & ~(XATTR_CREATE | XATTR_REPLACE):
         raise error(errno.EINVAL)
+    tx.prefetch(inodes=(ino,), xattrs=((ino, name),))
     inode = await existing(tx, ino)
     exists = bool(inode.flags & INODE_XATTR) and await tx.xattr(ino, name) is not None
     if exists and flags & XATTR_CREATE:
@@ -168,6 +172,7 @@ def _update_mode(inode: Inode, name: bytes, value: bytes, kill_sgid: bool) -> tu
 
 async def remove_xattr(tx: Transaction, ino: int, name: bytes) -> None:
     _check_name(name)
+    tx.prefetch(inodes=(ino,), xattrs=((ino, name),))
     inode = await existing(tx, ino)
     if not inode.flags & INODE_XATTR or await tx.xattr(ino, name) is None:
         if name in _ACL_FLAGS:

@@ -29,11 +29,13 @@ _CHUNK = 1000
 
 
 async def extents(tx: Reader, ino: int, start: int, end: int) -> list[Extent]:
+    tx.prefetch(inodes=(ino,), extents=((ino, start, end),))
     await existing(tx, ino)
     return await tx.extents(ino, start, end)
 
 
 async def segments(tx: Reader, ids: Sequence[int]) -> list[Segment]:
+    tx.prefetch(segments=ids)
     return [segment for id_ in ids if (segment := await tx.segment(id_)) is not None]
 
 
@@ -113,10 +115,12 @@ def _drop_inline(inline: bytes, start: int, end: int) -> bytes:
 
 
 async def commit_data(tx: Transaction, segments: Sequence[Segment], commits: Sequence[DataCommit]) -> None:
+    referred = {extent.segment for commit in commits for extent in commit.extents}
+    tx.prefetch(inodes=[commit.ino for commit in commits], lives=referred | {segment.id for segment in segments})
     new = await _check_new(tx, segments)
     for commit in commits:
         _check_commit(commit)
-    for id_ in {extent.segment for commit in commits for extent in commit.extents} - new:
+    for id_ in referred - new:
         # One that died meanwhile may have lost its object.
         if not await tx.live_bytes(id_):
             raise error(errno.EIO)
@@ -126,6 +130,7 @@ async def commit_data(tx: Transaction, segments: Sequence[Segment], commits: Seq
             raise error(errno.EINVAL)
     if not segments and not commits:
         return
+    tx.prefetch(cuts=[cut for commit in commits for cut in _cuts(commit)])
     # Segments go in without live bytes; _settle counts those that the extents below give them.
     await tx.add_segments([(segment, 0) for segment in segments])
     live: Counter[int] = Counter()
@@ -153,6 +158,18 @@ async def _bury(tx: Transaction, segments: Iterable[Segment], live: Counter[int]
     for segment in segments:
         if not live[segment.id]:
             await tx.queue_deletion(segment.id, time.time_ns())
+
+
+def _cuts(commit: DataCommit) -> Iterable[tuple[int, int, int]]:
+    """Where the commit may take away what is there."""
+    if commit.inline is not None:
+        yield commit.ino, 0, FILE_SIZE_MAX
+        return
+    for start, end in commit.drops:
+        yield commit.ino, start, end
+    for extent in commit.extents:
+        yield commit.ino, extent.offset, extent.end
+    yield commit.ino, commit.size, FILE_SIZE_MAX
 
 
 def _check_commit(commit: DataCommit) -> None:
@@ -213,6 +230,8 @@ async def _commit_file(tx: Transaction, inode: Inode, commit: DataCommit, live: 
 
 
 async def clone_range(tx: Transaction, source: int, start: int, length: int, target: int, target_start: int) -> Inode:
+    cuts = ((source, start, start + length), (target, target_start, target_start + length))
+    tx.prefetch(inodes=(source, target), cuts=cuts)
     origin = await existing(tx, source)
     inode = await existing(tx, target)
     if not stat.S_ISREG(origin.mode) or not stat.S_ISREG(inode.mode):
@@ -291,6 +310,8 @@ async def release_orphans(tx: Transaction, inos: Sequence[int]) -> list[int]:
     of one file, or a few of many."""
     live: Counter[int] = Counter()
     left: list[int] = []
+    tx.prefetch(inodes=inos)
+    tx.prefetch(heads=[(ino, _CHUNK) for ino in inos if _has_extents(await tx.inode(ino))])
     for position, ino in enumerate(inos):
         inode = await tx.inode(ino)
         if inode is None or inode.nlink:
@@ -303,6 +324,10 @@ async def release_orphans(tx: Transaction, inos: Sequence[int]) -> list[int]:
         await _delete_inode(tx, inode)
     await _settle(tx, live)
     return left
+
+
+def _has_extents(inode: Inode | None) -> bool:
+    return inode is not None and not inode.nlink and inode.inline is None and inode.allocated > 0
 
 
 async def _delete_contents(tx: Transaction, inode: Inode, live: Counter[int]) -> Inode:
@@ -333,11 +358,12 @@ async def _delete_inode(tx: Transaction, inode: Inode) -> None:
 # Garbage
 
 
-async def dead_segments(tx: Reader, grace: int, after: int, limit: int) -> list[int]:
-    return await tx.dead_segments(time.time_ns() - grace, after, limit)
+async def dead_segments(tx: Reader, before: int, after: int, limit: int) -> list[int]:
+    return await tx.dead_segments(before, after, limit)
 
 
 async def lost_segments(tx: Reader, ids: Sequence[int]) -> list[int]:
+    tx.prefetch(lives=ids)
     return [id_ for id_ in ids if await tx.live_bytes(id_) is None]
 
 
@@ -350,6 +376,10 @@ async def segment_extents(tx: Reader, segment: int, limit: int) -> list[tuple[in
 
 
 async def move_extents(tx: Transaction, segments: Sequence[Segment], moves: Sequence[Move]) -> int:
+    tx.prefetch(
+        lives={segment.id for segment in segments} | {move.segment for move in moves},
+        cuts=[(move.ino, move.extent.offset, move.extent.end) for move in moves],
+    )
     new = await _check_new(tx, segments)
     for move in moves:
         if move.extent.length <= 0 or move.offset < 0 or move.extent.segment == move.segment:

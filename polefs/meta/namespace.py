@@ -88,6 +88,7 @@ async def entry(tx: Reader, parent: int, name: bytes) -> Inode:
 
 
 async def lookup(tx: Reader, parent: int, name: bytes) -> Inode:
+    tx.prefetch(inodes=(parent,), names=((parent, name),))
     found = await directory(tx, parent)
     if name in _DOTS:
         return found if name == b"." else await existing(tx, found.parent)
@@ -106,6 +107,7 @@ async def list_dir_plus(tx: Reader, ino: int, after: int, limit: int) -> list[tu
 
 
 async def read_link(tx: Reader, ino: int) -> bytes:
+    tx.prefetch(inodes=(ino,), symlinks=(ino,))
     inode = await existing(tx, ino)
     if inode.mode & _FORMAT_MASK != _LNK:
         raise error(errno.EINVAL)
@@ -132,6 +134,7 @@ async def make_node(
             raise error(errno.ENOENT)
         if len(target) >= PATH_MAX:
             raise error(errno.ENAMETOOLONG)
+    tx.prefetch(inodes=(parent,), names=((parent, name),))
     above = await living_directory(tx, parent)
     if kind == _DIR and above.nlink >= LINK_MAX:
         raise error(errno.EEXIST if await tx.dentry(parent, name) else errno.EMLINK)
@@ -216,6 +219,7 @@ async def link(tx: Transaction, ino: int, parent: int, name: bytes) -> Inode:
     if name in _DOTS:
         raise error(errno.EEXIST)
     check_name(name)
+    tx.prefetch(inodes=(parent, ino), names=((parent, name),))
     above = await living_directory(tx, parent)
     inode = await existing(tx, ino)
     if await tx.dentry(parent, name):
@@ -271,6 +275,7 @@ async def _drop_link(tx: Transaction, inode: Inode, now: int) -> Inode:
 
 
 async def unlink(tx: Transaction, parent: int, name: bytes) -> Inode:
+    tx.prefetch(inodes=(parent,), names=((parent, name),))
     above = await directory(tx, parent)
     if name in _DOTS:
         raise error(errno.EISDIR)
@@ -285,6 +290,7 @@ async def unlink(tx: Transaction, parent: int, name: bytes) -> Inode:
 
 
 async def rmdir(tx: Transaction, parent: int, name: bytes) -> Inode:
+    tx.prefetch(inodes=(parent,), names=((parent, name),))
     above = await directory(tx, parent)
     if name == b".":
         raise error(errno.EINVAL)
@@ -316,6 +322,11 @@ async def rename(
         flags & RENAME_EXCHANGE and flags & (RENAME_NOREPLACE | RENAME_WHITEOUT)
     ):
         raise error(errno.EINVAL)
+    tx.prefetch(
+        inodes=(parent, new_parent),
+        names=((parent, name), (new_parent, new_name)),
+        ancestors=() if parent == new_parent else (parent, new_parent),
+    )
     above = await directory(tx, parent)
     new_above = above if parent == new_parent else await living_directory(tx, new_parent)
     if name in _DOTS:

@@ -7,6 +7,7 @@ only the ways into it: what the caches can tell is answered at once.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -143,7 +144,7 @@ class MetaService:
     # Garbage
 
     async def dead_segments(self, grace: int, after: int, limit: int) -> list[int]:
-        return await self._read(contents.dead_segments, grace, after, limit)
+        return await self._read(contents.dead_segments, time.time_ns() - grace, after, limit)
 
     async def forget_segments(self, ids: Sequence[int]) -> None:
         await self._write(_forget_segments, ids)

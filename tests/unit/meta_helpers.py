@@ -1,21 +1,26 @@
-"""What the tests of the meta service share: a volume in a directory, driven from plain test functions."""
+"""What the tests of the meta service share: a volume on SQLite or PostgreSQL, driven from plain test functions."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Iterator
+import sqlite3
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import asyncpg
 import pytest
 
 from polefs.meta.check import check
 from polefs.meta.model import ROOT_INO, Caller, DataCommit, Extent, Inode, Segment, SetAttr
 from polefs.meta.service import MetaService
+from polefs.meta.store.postgres import PostgresStore, tables
 from polefs.meta.store.sqlite import SqliteStore
-from polefs.meta.store.transaction import SqliteTransaction
+from tests.postgres.server import PostgresServer
 
 T = TypeVar("T")
 
@@ -30,11 +35,16 @@ USER = Caller(1000, 100)
 
 
 class Meta:
-    """A meta service with blocking calls and short names for what tests do most. ``close`` checks the volume."""
+    """A meta service with blocking calls and short names for what tests do most. This one on SQLite."""
+
+    store: Any
 
     def __init__(self, path: Path, **limits: int) -> None:
         self.path = str(path / "meta.db")
         self.runner = asyncio.Runner()
+        self._start(limits)
+
+    def _start(self, limits: dict[str, int]) -> None:
         exists = Path(self.path).exists()
         self.store = SqliteStore.open(self.path) if exists else SqliteStore.create(self.path, name="test", **limits)
         self.service = MetaService(self.store)
@@ -89,6 +99,16 @@ class Meta:
         self.store = SqliteStore.open(self.path)
         self.service = MetaService(self.store)
         self.run(self.service.start())
+
+    def open_read_only(self) -> Any:
+        return SqliteStore.open(self.path, read_only=True)
+
+    def forget_caches(self) -> None:
+        self.store._tx._caches.clear()
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """What a query in SQLite's words finds."""
+        return list(self.store.rows(query))
 
     def assert_clean(self) -> None:
         assert list(check(self.store)) == []
@@ -175,8 +195,84 @@ class Meta:
         return self.run(self.service.dead_segments(0, 0, 1000))
 
 
-async def change_and_fail(tx: SqliteTransaction) -> None:
-    """A body with a bug: its turn is taken back."""
+class PostgresMeta(Meta):
+    """The same on PostgreSQL."""
+
+    def __init__(self, path: Path, dsn: str, **limits: int) -> None:
+        self.dsn = dsn
+        super().__init__(path, **limits)
+
+    def _start(self, limits: dict[str, int]) -> None:
+        self.store = self.run(PostgresStore.create(self.dsn, name=self.path, **limits))
+        self.service = MetaService(self.store)
+        self.run(self.service.start())
+
+    def _open(self) -> None:
+        self.store = self.run(PostgresStore.open(self.dsn, self.path, force=True))
+        self.service = MetaService(self.store)
+        self.run(self.service.start())
+
+    def open_read_only(self) -> Any:
+        return self.run(PostgresStore.open(self.dsn, self.path, read_only=True))
+
+    def kill(self) -> None:
+        async def end() -> None:
+            store = self.store
+            store._closed = True
+            store._heartbeat.cancel()
+            if store._committing is not None:
+                store._committing.cancel()
+            store._writer._drop()
+            for connection in store._connections._all:
+                connection.terminate()
+
+        self.run(end())
+
+    def forget_caches(self) -> None:
+        self.store._caches.clear()
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with self._copied() as copy:
+            return list(copy.rows(query))
+
+    def assert_clean(self) -> None:
+        with self._copied() as copy:
+            assert list(check(copy)) == []
+
+    @contextmanager
+    def _copied(self) -> Iterator[SqliteStore]:
+        """All rows in a database of SQLite."""
+        with tempfile.TemporaryDirectory() as place:
+            path = os.path.join(place, "meta.db")
+            SqliteStore.create(path, name="copy").shutdown()
+            copied = sqlite3.connect(path)
+            self.run(self._copy(copied))
+            copied.close()
+            copy = SqliteStore.open(path)
+            yield copy
+            copy.shutdown()
+
+    async def _copy(self, to: sqlite3.Connection) -> None:
+        await self.store.sync()
+        connection = await asyncpg.connect(self.dsn, server_settings={"search_path": tables.SCHEMA})
+        volume = self.store.volume.id
+        to.execute("DELETE FROM inode")
+        for table in tables.TABLES:
+            columns = ", ".join(f'"{column}"' for column in table.columns)
+            rows = await connection.fetch(f"SELECT {columns} FROM {table.name} WHERE volume = $1", volume)
+            marks = ", ".join("?" * len(table.columns))
+            to.executemany(f"INSERT INTO {table.name}({columns}) VALUES ({marks})", [tuple(row) for row in rows])
+        row = await connection.fetchrow(
+            "SELECT next_ino, next_cookie, next_segment, bytes, inodes FROM volume WHERE id = $1", volume
+        )
+        to.execute("UPDATE volume SET next_ino = ?, next_cookie = ?, next_segment = ?", row[:3])
+        to.execute("UPDATE usage SET bytes = ?, inodes = ?, exact = 1", row[3:])
+        to.commit()
+        await connection.close()
+
+
+async def change_and_fail(tx: Any) -> None:
+    """A body with a bug: what it has changed is taken back."""
     await tx.add_orphan(4711)
     raise ValueError("bug")
 
@@ -191,8 +287,28 @@ def fails(code: int) -> Iterator[None]:
 
 @pytest.fixture
 def meta(tmp_path: Path) -> Iterator[Meta]:
-    """A new volume; at the end its metadata must be clean."""
+    """A new volume on SQLite; at the end its metadata must be clean."""
     volume = Meta(tmp_path)
+    try:
+        yield volume
+        volume.assert_clean()
+    finally:
+        volume.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_meta(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Meta]:
+    """Makes the one volume of the test, on each kind of store."""
+    if request.param == "sqlite":
+        return partial(Meta, tmp_path)
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return partial(PostgresMeta, tmp_path, server.dsn())
+
+
+@pytest.fixture(name="meta")
+def each_meta(new_meta: Callable[..., Meta]) -> Iterator[Meta]:
+    """As ``meta``, on each kind of store."""
+    volume = new_meta()
     try:
         yield volume
         volume.assert_clean()

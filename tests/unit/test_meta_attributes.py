@@ -10,9 +10,9 @@ import pytest
 from polefs.meta import acl
 from polefs.meta.acl import ACCESS, DEFAULT, GROUP, GROUP_OBJ, MASK, OTHER, USER_OBJ, Entry
 from polefs.meta.model import ROOT_INO
-from tests.unit.meta_helpers import ROOT, USER, Meta, fails, meta
+from tests.unit.meta_helpers import ROOT, USER, Meta, each_meta, fails, new_meta
 
-__all__ = ["meta"]
+__all__ = ["each_meta", "new_meta"]
 
 MINIMAL = [Entry(USER_OBJ, 6), Entry(GROUP_OBJ, 4), Entry(OTHER, 0)]
 NAMED = [Entry(USER_OBJ, 7), Entry(acl.USER, 6, 1001), Entry(GROUP_OBJ, 5), Entry(MASK, 7), Entry(OTHER, 1)]
@@ -163,7 +163,7 @@ def test_removed_files_take_their_attributes_with_them(meta: Meta) -> None:
     meta.unlink(b"f")
     assert meta.get_xattr(ino, b"user.a") == b"1"
     meta.release(ino)
-    assert list(meta.store.rows("SELECT * FROM xattr")) == []
+    assert meta.rows("SELECT * FROM xattr") == []
 
 
 # ACLs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from errno import EEXIST, EINVAL
 
 from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, Extent, Move, Segment
-from tests.unit.meta_helpers import Meta, fails, meta
+from tests.unit.meta_helpers import Meta, each_meta, fails, new_meta
 
-__all__ = ["meta"]
+__all__ = ["each_meta", "new_meta"]
 
 HOUR = 3600 * 10**9
 

@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from polefs.meta.api import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from polefs.meta.model import ROOT_INO
-from tests.unit.meta_helpers import ROOT, Meta, change_and_fail, examples, fails
+from tests.postgres.server import PostgresServer
+from tests.unit.meta_helpers import ROOT, Meta, PostgresMeta, change_and_fail, examples, fails
 
 NAMES = st.sampled_from([b"a", b"b", b"c", b"d"])
 FLAGS = st.sampled_from([0, 0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT])
@@ -136,10 +137,13 @@ class Names(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scratch = tempfile.TemporaryDirectory()
-        self.meta = Meta(Path(self.scratch.name))
+        self.meta = self.new_meta(Path(self.scratch.name))
         self.model = Model()
         self.folders = [self.model.root]
         self.nodes = [self.model.root]
+
+    def new_meta(self, path: Path) -> Meta:
+        return Meta(path)
 
     def both(self, model: object, real: object) -> object:
         """Do it in both; the outcome must be the same. Returns what the service returned, None when it refused."""
@@ -201,7 +205,7 @@ class Names(RuleBasedStateMachine):
 
     @rule()
     def forget_caches(self) -> None:
-        self.meta.store._tx._caches.clear()
+        self.meta.forget_caches()
 
     @rule()
     def abort(self) -> None:
@@ -251,6 +255,16 @@ class Names(RuleBasedStateMachine):
 def test_names_against_a_model() -> None:
     run_state_machine_as_test(
         Names, settings=settings(max_examples=examples(20), stateful_step_count=40, deadline=None)
+    )
+
+
+def test_names_in_postgresql_against_a_model(postgres_server: PostgresServer) -> None:
+    class PostgresNames(Names):
+        def new_meta(self, path: Path) -> Meta:
+            return PostgresMeta(path, postgres_server.dsn())
+
+    run_state_machine_as_test(
+        PostgresNames, settings=settings(max_examples=examples(4), stateful_step_count=40, deadline=None)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from errno import (
     EBUSY,
     EEXIST,
@@ -17,7 +18,6 @@ from errno import (
     EPERM,
     EROFS,
 )
-from pathlib import Path
 
 import pytest
 
@@ -25,10 +25,9 @@ from polefs.meta import namespace
 from polefs.meta.api import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from polefs.meta.model import ROOT_INO, Caller
 from polefs.meta.service import MetaService
-from polefs.meta.store.sqlite import SqliteStore
-from tests.unit.meta_helpers import ROOT, USER, Meta, fails, meta
+from tests.unit.meta_helpers import ROOT, USER, Meta, each_meta, fails, new_meta
 
-__all__ = ["meta"]
+__all__ = ["each_meta", "new_meta"]
 
 
 def make(meta: Meta, mode: int, name: bytes = b"n", parent: int = ROOT_INO, **more: object) -> object:
@@ -426,8 +425,8 @@ def test_whiteout(meta: Meta) -> None:
     assert meta.get(ROOT_INO).nlink == 3
 
 
-def test_inode_limit(tmp_path: Path) -> None:
-    meta = Meta(tmp_path, inodes_limit=3)
+def test_inode_limit(new_meta: Callable[..., Meta]) -> None:
+    meta = new_meta(inodes_limit=3)
     meta.file(b"1")
     two = meta.file(b"2")
     with fails(ENOSPC):
@@ -484,7 +483,7 @@ def test_listing_with_inodes(meta: Meta) -> None:
 
 
 def test_a_listing_sees_its_own_turn(meta: Meta) -> None:
-    meta.store._tx._caches.clear()
+    meta.forget_caches()
     made, listed = meta.together(
         meta.service.make_node(ROOT, ROOT_INO, b"f", 0o100644, 0), meta.service.list_dir_plus(ROOT_INO, 0, 10)
     )
@@ -535,13 +534,10 @@ def test_orphans_go_with_their_session(meta: Meta) -> None:
     assert meta.run(meta.service.usage()).inodes == 1
 
 
-def test_read_only(meta: Meta, tmp_path: Path) -> None:
+def test_read_only(meta: Meta) -> None:
     file = meta.file(b"f")
-    meta.close()
-    store = SqliteStore.open(str(tmp_path / "meta.db"), read_only=True)
-    service = MetaService(store)
-
-    meta.__init__(tmp_path)  # type: ignore[misc]
+    meta.reopen()
+    service = MetaService(meta.open_read_only())
     meta.run(service.start())
     assert meta.run(service.lookup(ROOT_INO, b"f")) == file
     assert len(meta.run(service.list_dir_plus(ROOT_INO, 0, 10))) == 1

@@ -1,9 +1,10 @@
 """The interface between the meta service and the database that holds its rows.
 
 A store reads and writes rows and knows no semantics; the service gives it *bodies*: async functions ``body(tx, *args)``
-that run in one transaction. A body may be run again from its start (a serializable store retries it), so it changes
-nothing but rows. It checks first and changes afterwards: an ``OSError`` that it raises before its first change fails
-that operation alone, one raised after a change rolls the transaction back.
+that run in one transaction. A body may be run again from its start (a store across a network does so when it has
+fetched what the body lacked), so it changes nothing but rows, awaits nothing but the transaction, and what it reads
+depends on its arguments and on rows, not on the time. It checks first and changes afterwards: an ``OSError`` that it
+raises before its first change fails that operation alone, one raised after a change rolls the transaction back.
 
 Reads inside a body see what the same transaction wrote before. Methods that only collect rows for the commit are plain
 functions; all others are coroutines, so that a store across a network fits. On SQLite they never suspend.
@@ -11,7 +12,7 @@ functions; all others are coroutines, so that a store across a network fits. On 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from polefs.meta.model import Dentry, Extent, Inode, Segment, Usage
@@ -26,6 +27,27 @@ class FormatError(Exception):
 
 class Reader(Protocol):
     """The rows as a body sees them. An inode that is returned is shared: replace it, never change it."""
+
+    def prefetch(
+        self,
+        *,
+        inodes: Iterable[int] = (),
+        names: Iterable[tuple[int, bytes]] = (),
+        ancestors: Iterable[int] = (),
+        symlinks: Iterable[int] = (),
+        xattrs: Iterable[tuple[int, bytes]] = (),
+        extents: Iterable[tuple[int, int, int]] = (),
+        cuts: Iterable[tuple[int, int, int]] = (),
+        heads: Iterable[tuple[int, int]] = (),
+        segments: Iterable[int] = (),
+        lives: Iterable[int] = (),
+    ) -> None:
+        """Tell what the body is going to read, so that a store across a network fetches it in one round trip; nothing
+        depends on it. ``names``: dentries and the inodes behind them; ``ancestors``: directories and all above each;
+        ``xattrs``: the value of that name, and the names of all; ``extents``: ranges ``(ino, start, end)``; ``cuts``:
+        ranges of which extents will be deleted or shared, so with live bytes; ``heads``: ``(ino, count)``, the first
+        extents and the boundary after them, with live bytes; ``segments`` and ``lives``: ids."""
+        ...
 
     async def inode(self, ino: int) -> Inode | None: ...
 

@@ -8,7 +8,7 @@ sees; whoever rolls it back drops them.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -128,6 +128,9 @@ class SqliteTransaction:
         self._statements.clear()
         self._changed.clear()
         self._caches.clear()
+
+    def prefetch(self, **wanted: Iterable[Any]) -> None:
+        """Nothing is far away here."""
 
     # Inodes
 

@@ -1,0 +1,5 @@
+"""Volumes in a PostgreSQL database, or one that speaks its protocol and SQL."""
+
+from polefs.meta.store.postgres.store import PostgresStore
+
+__all__ = ["PostgresStore"]
