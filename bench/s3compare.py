@@ -24,8 +24,8 @@ from bench.goals import S3_GOALS, S3_MEMORY_MIB, s3_goals
 from bench.s3figures import S3Plan
 from bench.s3systems import S3_SYSTEMS, Plain
 from bench.systems import System
-from polefs.cli.sizes import parse_size
 from polefs.node.errors import Refusal
+from polefs.node.sizes import parse_size
 from tests.s3.server import SeaweedServer, ServerError
 
 NAMES = (*S3_SYSTEMS, Plain.name)
