@@ -14,49 +14,54 @@ from typing import Final
 import msgspec
 
 from polefs.data.durability import JournalLog
-from polefs.data.journal import Kind
-from polefs.data.ranges import HOLE, Chunk, DirtySource
+from polefs.data.journal import Kind, Logged
+from polefs.data.ranges import HOLE, Chunk, DirtySource, RangeMap
 from polefs.data.replica import Replica, replica_generation
 from polefs.data.state import FileState, Layer
 from polefs.meta.model import FILE_SIZE_MAX, Inode
 
-_MEMORY_PER_FILE: Final = 64 << 10
-"""What one file's layer may keep in memory, with the bytes in the journal; beyond, its writes go to a replica."""
+_LOGGED_PER_FILE: Final = 64 << 10
+"""What one file's layer may have in the journal; beyond, its writes go to a replica."""
 
-_MEMORY_PER_SYNCED_FILE: Final = 16 << 20
+_LOGGED_PER_SYNCED_FILE: Final = 16 << 20
 _SMALL_WRITE: Final = 64 << 10
 """The same for a file that somebody calls fsync on, for writes up to this size: there is then only the journal to sync,
 and not a replica as well. Write-back starts at half of it."""
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Past half of one of these write-back starts early; past all of it writes wait."""
+    """Past a quarter of ``local`` or ``replicas`` write-back starts early, past half of one writers slow down, past all
+    of it they wait."""
 
-    memory: int = 64 << 20
-    """Bytes of contents in memory."""
     local: int = 4 << 30
-    """Bytes of contents in all, which is about what lies in replicas."""
-    journal: int = 512 << 20
-    """Bytes of journals."""
+    """Bytes of contents in replicas, and of journals."""
     replicas: int = 384
     """Replica files, each of which is an open descriptor."""
-    epoch: int = 1 << 62
-    """Bytes of contents after which the next journal begins: so many stay in replicas until the last of them is
-    committed."""
+    memory: int = 64 << 20
+    """Bytes of journaled contents that are in memory as well."""
 
 
 class DirtyFiles:
-    """``changed`` is set by the first change after it was cleared, ``urgent`` when write-back should start at once,
-    ``swollen`` when the next journal should begin; ``full`` tells that writes have to wait for write-back."""
+    """``changed`` is set by the first change after it was cleared, ``urgent`` when write-back should start at once.
+    ``pressure`` tells how much writers are to slow down, from 0 to 1, and ``full`` that they have to wait."""
 
-    def __init__(self, directory: str, log: JournalLog, limits: Limits, relieved: Callable[[], None]) -> None:
-        """``relieved`` is called when it is not ``full`` any more."""
+    def __init__(
+        self,
+        directory: str,
+        log: JournalLog,
+        limits: Limits,
+        progress: Callable[[int], None],
+        relieved: Callable[[], None],
+    ) -> None:
+        """``progress`` is called with the number of bytes that have been written back, ``relieved`` when it is not
+        ``full`` any more."""
         self._directory = directory
         self.log = log
         self._limits = limits
         self._states: dict[int, FileState] = {}
         self.find = self._states.get
         """The state of a file by inode number; None when everything of it is committed."""
+        self._progress = progress
         self._relieved = relieved
         self._settled: dict[int, tuple[int, int]] = {}
         """Files whose changes are committed but still told of by journals, and where the last of these ends."""
@@ -67,16 +72,15 @@ class DirtyFiles:
         used = max((replica_generation(name) for name in os.listdir(directory)), default=0)
         self._generations = itertools.count(used + 1)
         self._memory = 0
+        self._logged = 0
+        """Uncommitted bytes of contents that the journals hold, in memory or not."""
         self._replicas = 0
         self.bytes = 0
         """Uncommitted bytes of contents."""
         self.changed = asyncio.Event()
         self.urgent = asyncio.Event()
-        self.swollen = asyncio.Event()
-        self._rotating = asyncio.Lock()
-        self._fresh = 0
-        """Bytes that the current journal tells of."""
         self.full = False
+        self.pressure = 0.0
         self._pressed = False
 
     def adopt(self, states: dict[int, FileState], replicas: Sequence[tuple[int, Replica]]) -> None:
@@ -87,20 +91,10 @@ class DirtyFiles:
         self._replicas += len(replicas)
         for state in states.values():
             for layer in state.layers:
-                self.bytes += layer.ranges.data
-                self._memory += layer.ranges.memory
+                self._count(layer.ranges, (0, 0, 0))
         self.changed.set()
         self.urgent.set()
         self._check()
-
-    async def rotate(self) -> int:
-        """Begin the next journal; returns its number. What was changed before the return belongs to older ones, what
-        comes after to it."""
-        async with self._rotating:
-            self._fresh = 0
-            self.swollen.clear()
-            await self.log.rotate()
-            return self.log.epoch
 
     def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
         """OSError as the local file system reports it: ENOSPC, EIO."""
@@ -109,18 +103,23 @@ class DirtyFiles:
         ranges = layer.ranges
         length = len(data)
         end = offset + length
-        memory, size = ranges.memory, ranges.data
+        before = ranges.memory, ranges.logged, ranges.data
+        logged = ranges.memory + ranges.logged
         source: DirtySource
         if state.synced_often:
-            in_memory = length <= _SMALL_WRITE and memory + length <= _MEMORY_PER_SYNCED_FILE
-            if memory * 2 > _MEMORY_PER_SYNCED_FILE:
+            small = length <= _SMALL_WRITE and logged + length <= _LOGGED_PER_SYNCED_FILE
+            if logged * 2 > _LOGGED_PER_SYNCED_FILE:
                 self.urgent.set()
         else:
-            in_memory = layer.replica is None and memory + length <= _MEMORY_PER_FILE
-        if in_memory:
+            small = layer.replica is None and logged + length <= _LOGGED_PER_FILE
+        if small:
             payload = bytes(data)
-            self.log.current.append(Kind.DATA, ino, offset, 0, 0, now, payload)
-            source = Chunk(offset, payload)
+            journal = self.log.current
+            journal.append(Kind.DATA, ino, offset, 0, 0, now, payload)
+            if self._memory + length <= self._limits.memory:
+                source = Chunk(offset, payload)
+            else:
+                source = Logged(offset, journal, journal.end - length)
         else:
             source = layer.replica or self._make_replica(state, layer)
             source.write(data, offset)
@@ -128,11 +127,7 @@ class DirtyFiles:
         ranges.set(offset, end, source)
         if end > layer.size:
             layer.size = end
-        self._memory += ranges.memory - memory
-        self.bytes += ranges.data - size
-        self._fresh += length
-        if self._fresh > self._limits.epoch:
-            self.swollen.set()
+        self._count(ranges, before)
         self._changed(state, layer, now)
         return length
 
@@ -237,6 +232,7 @@ class DirtyFiles:
         if not state.gone:
             state.committed += size
             self.bytes -= size
+            self._progress(size)
             self._check()
 
     def burden(self, state: FileState) -> None:
@@ -249,11 +245,14 @@ class DirtyFiles:
         """The ``depth`` oldest layers are committed, or of a removed file."""
         layers = state.layers[:depth]
         del state.layers[:depth]
+        before = self.bytes
         self.bytes += state.committed
         state.committed = 0
         for layer in layers:
-            self._memory -= layer.ranges.memory
-            self.bytes -= layer.ranges.data
+            ranges = layer.ranges
+            self._memory -= ranges.memory
+            self._logged -= ranges.memory + ranges.logged
+            self.bytes -= ranges.data
             if layer.replica is not None:
                 self._retire(layer)
         if layers:
@@ -264,6 +263,7 @@ class DirtyFiles:
             self._settled[state.ino] = place
         if not state.layers and self._states.get(state.ino) is state:
             del self._states[state.ino]
+        self._progress(before - self.bytes)
         self._check()
 
     def retired(self, before: int) -> list[str]:
@@ -306,10 +306,16 @@ class DirtyFiles:
     def _punch(self, layer: Layer, start: int, end: int) -> None:
         ranges = layer.ranges
         if start < end:
-            memory, size = ranges.memory, ranges.data
+            before = ranges.memory, ranges.logged, ranges.data
             ranges.set(start, end, HOLE)
-            self._memory += ranges.memory - memory
-            self.bytes += ranges.data - size
+            self._count(ranges, before)
+
+    def _count(self, ranges: RangeMap, before: tuple[int, int, int]) -> None:
+        """The map has changed, and had ``memory``, ``logged`` and ``data`` before."""
+        memory, logged, data = before
+        self._memory += ranges.memory - memory
+        self._logged += ranges.memory - memory + ranges.logged - logged
+        self.bytes += ranges.data - data
 
     def _journal(self, state: FileState, kind: Kind, time: int) -> None:
         journal = self.log.current
@@ -328,18 +334,13 @@ class DirtyFiles:
             self.urgent.set()
 
     def _check(self) -> None:
-        """Keep ``full`` and ``_pressed``, which tells that half of a limit (a quarter of ``local``) is reached."""
+        """Keep ``full``, ``pressure``, and ``_pressed``, which tells that a quarter of a limit is reached."""
         limits = self._limits
-        memory, size, journal, replicas = self._memory, self.bytes, self.log.size, self._replicas
-        self._pressed = (
-            memory * 2 > limits.memory
-            or size * 4 > limits.local
-            or journal * 2 > limits.journal
-            or replicas * 2 > limits.replicas
-        )
-        full = self._pressed and (
-            memory > limits.memory or size > limits.local or journal > limits.journal or replicas > limits.replicas
-        )
+        size = self.bytes - self._logged + self.log.size
+        used = max(size / limits.local, self._replicas / limits.replicas)
+        self._pressed = used > 0.25
+        self.pressure = min(max(used * 2 - 1, 0.0), 1.0)
+        full = used > 1
         if full != self.full:
             self.full = full
             if not full:

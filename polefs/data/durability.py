@@ -27,6 +27,7 @@ class JournalLog:
         self._older_size = 0
         self._names = threading.Lock()
         """Held by the thread that makes or removes journals: there is one spare."""
+        self._rotating = asyncio.Lock()
         self._running: asyncio.Future[None] | None = None
         self._next: asyncio.Future[None] | None = None
         self._next_replicas: set[Replica] = set()
@@ -58,14 +59,15 @@ class JournalLog:
     async def rotate(self) -> None:
         """Start the next journal. What was appended before the return is in older ones, what comes after in the new
         one."""
-        if self.current.end == HEADER_SIZE:
-            return
-        loop = asyncio.get_running_loop()
-        # After rounds that failed the older ones are still there: not each of them takes room in advance.
-        new = await loop.run_in_executor(self._threads, self._make, self.epoch + 1, not self._older)
-        self._older.append(self.current)
-        self._older_size += self.current.end
-        self.current = new
+        async with self._rotating:
+            if self.current.end == HEADER_SIZE:
+                return
+            loop = asyncio.get_running_loop()
+            # After rounds that failed the older ones are still there: not each of them takes room in advance.
+            new = await loop.run_in_executor(self._threads, self._make, self.epoch + 1, not self._older)
+            self._older.append(self.current)
+            self._older_size += self.current.end
+            self.current = new
 
     def _make(self, number: int, preallocate: bool) -> Journal:
         with self._names:

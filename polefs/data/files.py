@@ -118,7 +118,7 @@ class FileStore:
         os.makedirs(self._directory, exist_ok=True)
         numbers = [number for name in os.listdir(self._directory) if (number := journal_number(name)) is not None]
         self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
-        self._dirty = DirtyFiles(self._directory, self._log, limits or Limits(), self._relieved)
+        self._dirty = DirtyFiles(self._directory, self._log, limits or Limits(), self._progress, self._relieved)
         self._find = self._dirty.find
         self._writeback = WriteBack(
             meta,
@@ -223,13 +223,13 @@ class FileStore:
 
     async def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
         """Write all of ``data`` (a view of bytes) at ``offset``; ``now`` becomes mtime and ctime, ns. Waits only
-        while too much is uncommitted. EFBIG past FILE_SIZE_MAX."""
+        where much is uncommitted. EFBIG past FILE_SIZE_MAX."""
         if offset + len(data) > FILE_SIZE_MAX:
             raise _error(errno.EFBIG)
         if not data:
             return 0
-        if self._dirty.full:
-            inode = await self._wait_for_room(inode)
+        if self._dirty.pressure:
+            inode = await self._wait_for_room(inode, len(data))
         return self._dirty.write(inode, offset, data, now)
 
     async def truncate(self, inode: Inode, size: int, now: int) -> None:
@@ -452,11 +452,14 @@ class FileStore:
         ranges = [*commit.drops, *((extent.offset, extent.end) for extent in commit.extents)]
         return [*ranges, (commit.size, FILE_SIZE_MAX)] if commit.size < inode.size else ranges
 
+    def _progress(self, size: int) -> None:
+        self._flusher.throttle.progress(size)
+
     def _relieved(self) -> None:
         self._flusher.release()
 
-    async def _wait_for_room(self, inode: Inode) -> Inode:
-        await self._flusher.wait_for_room()
+    async def _wait_for_room(self, inode: Inode, size: int = 0) -> Inode:
+        await self._flusher.wait_for_room(size)
         return await self._meta.get_inode(inode.ino)
 
 

@@ -6,12 +6,12 @@ import asyncio
 import errno
 import logging
 import os
-from collections import deque
 from collections.abc import Coroutine, Iterable
 from typing import Any, Final, TypeVar
 
 from polefs.data.dirty import DirtyFiles
 from polefs.data.patience import Patience
+from polefs.data.throttle import Throttle
 from polefs.data.writeback import WriteBack
 from polefs.meta.api import MetaAPI
 
@@ -36,16 +36,15 @@ class Flusher:
         self._writeback = writeback
         self._flush_after = flush_after
         self._retiring = asyncio.Lock()
-        self._closed: deque[int] = deque()
-        """Journals that have ended and were not submitted yet, oldest first."""
         self._failures = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._room: asyncio.Future[None] | None = None
+        self.throttle = Throttle()
         self._working: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._run(), name="flusher"), loop.create_task(self._watch_size())]
+        self._tasks = [loop.create_task(self._run(), name="flusher")]
 
     async def stop(self) -> None:
         """No more rounds begin. Those under way go on."""
@@ -75,9 +74,11 @@ class Flusher:
                 task.cancel()
             await asyncio.wait(self._working)
 
-    async def wait_for_room(self) -> None:
-        """Returns once there is room for a write. Raises what keeps write-back from making room (ENOSPC, EIO …), as
-        ``flush`` does."""
+    async def wait_for_room(self, size: int) -> None:
+        """Returns once there is room for a write of so many bytes; the less there is, the later. Raises what keeps
+        write-back from making room (ENOSPC, EIO …), as ``flush`` does."""
+        if not self._dirty.full:
+            await self.throttle.wait(size, self._dirty.pressure)
         while self._dirty.full:
             if self._room is None:
                 self._room = asyncio.get_running_loop().create_future()
@@ -125,7 +126,6 @@ class Flusher:
         if not self._dirty.log.empty or self._dirty.changed.is_set():
             try:
                 await self._close_journal()
-                self._closed.clear()
             except OSError as error:
                 self._failed(error)
                 raise
@@ -134,9 +134,7 @@ class Flusher:
     async def _close_journal(self) -> None:
         dirty = self._dirty
         dirty.urgent.clear()
-        epoch = dirty.log.epoch
-        if await dirty.rotate() != epoch:
-            self._closed.append(epoch)
+        await dirty.log.rotate()
         dirty.changed.clear()
 
     def _submit(self, before: int) -> list[asyncio.Future[None]]:
@@ -177,15 +175,13 @@ class Flusher:
 
     async def _run(self) -> None:
         while True:
-            if not self._closed:
-                await self._due()
-                try:
-                    await self._close_journal()
-                except OSError as error:
-                    self._failed(error)
-                    continue
-            before = self._closed.popleft() + 1 if self._closed else self._dirty.log.epoch
-            self._start(self._finish(self._submit(before)))
+            await self._due()
+            try:
+                await self._close_journal()
+            except OSError as error:
+                self._failed(error)
+                continue
+            self._start(self._finish(self._submit(self._dirty.log.epoch)))
             await asyncio.shield(self._writeback.drained())
 
     async def _due(self) -> None:
@@ -197,14 +193,6 @@ class Flusher:
                 await self._dirty.urgent.wait()
         except TimeoutError:
             pass
-
-    async def _watch_size(self) -> None:
-        while True:
-            await self._dirty.swollen.wait()
-            try:
-                await self._close_journal()
-            except OSError as error:
-                log.error("the journal cannot be ended: %s", error)
 
 
 async def _all(work: Iterable[asyncio.Future[None]]) -> None:

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 
 import google_crc32c
 
-from polefs.objects.localio import read_available
+from polefs.objects.localio import read_available, read_cached
 
 _MAGIC: Final = b"polefsJ1"
 _HEADER: Final = struct.Struct("<8sQQI")
@@ -91,9 +91,9 @@ def journal_number(name: str) -> int | None:
 class Journal:
     """One journal file open for appending. ``end`` is where the next record goes; up to ``synced`` everything
     survives the loss of power. ``failed`` is set when an fdatasync failed: what had been written by then may never
-    become durable."""
+    become durable; ``referenced`` when payloads are read back from it."""
 
-    __slots__ = ("_fd", "_seed", "end", "failed", "number", "path", "synced")
+    __slots__ = ("_fd", "_seed", "end", "failed", "number", "path", "referenced", "synced")
 
     def __init__(self, directory: str, number: int, *, preallocate: bool = True) -> None:
         """Make the journal file, out of the spare one when there is one. Blocks."""
@@ -113,7 +113,7 @@ class Journal:
         self._seed = _crc(0, salt)
         self.end = HEADER_SIZE
         self.synced = 0
-        self.failed = False
+        self.failed = self.referenced = False
 
     @classmethod
     def reopen(cls, directory: str, number: int) -> Journal:
@@ -127,7 +127,7 @@ class Journal:
         os.fdatasync(journal._fd)
         journal._seed = 0
         journal.end = journal.synced = os.fstat(journal._fd).st_size
-        journal.failed = False
+        journal.failed = journal.referenced = False
         return journal
 
     def __del__(self) -> None:
@@ -157,13 +157,37 @@ class Journal:
 
     def remove(self, directory: str, *, recycle: bool) -> None:
         """Take the journal away, or make it the spare one. Blocks."""
-        if recycle and not self.failed:
+        if recycle and not self.failed and not self.referenced:
             kept = _at_most(RECYCLED_MAX, self._fd)
             if os.fstat(self._fd).st_size > kept:
                 os.ftruncate(self._fd, kept)
             os.rename(self.path, os.path.join(directory, SPARE_NAME))
         else:
             os.unlink(self.path)
+
+
+class Logged:
+    """Bytes that are to be read from a journal, the payload of a record; ``base`` is the file offset of the first one,
+    ``position`` where it stands in the journal."""
+
+    __slots__ = ("_base", "_journal", "_position")
+
+    def __init__(self, base: int, journal: Journal, position: int) -> None:
+        self._base = base
+        self._journal = journal
+        self._position = position
+        journal.referenced = True
+
+    def read_now(self, offset: int, length: int) -> memoryview | None:
+        """As of ``Replica``."""
+        return read_cached(self._journal._fd, self._position + offset - self._base, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes; blocks. EIO when they are not there any more."""
+        data = read_available(self._journal._fd, self._position + offset - self._base, length)
+        if len(data) < length:
+            raise OSError(errno.EIO, f"{self._journal.path} has been cut")
+        return data
 
 
 def read_journal(path: str, number: int) -> Iterator[Record]:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from polefs.data.ranges import BASE, HOLE, Chunk, Piece
+from polefs.data.ranges import BASE, HOLE, Absent, Chunk, DataSource, Piece
 from polefs.data.reader import Reader
 from polefs.data.replica import Replica
 from polefs.data.segments import DataPiece, Run, cut_runs, whole_replica
@@ -71,7 +71,7 @@ async def make_plan(state: FileState, depth: int, inode: Inode, reader: Reader, 
         await _plan_small(plan, inode, reader)
         return plan
     for start, end, source in state.resolve(0, FILE_SIZE_MAX, depth):
-        if isinstance(source, Chunk | Replica):
+        if not isinstance(source, Absent):
             plan.pieces.append((start, end, source))
         elif source is HOLE:
             if stored:
@@ -95,14 +95,14 @@ async def _plan_small(plan: Plan, inode: Inode, reader: Reader) -> None:
     size = plan.size
     pieces: list[Piece] = plan.state.resolve(0, size, plan.depth) if size else []
     kept = inode.size > 0 and inode.allocated > 0 and any(source is BASE for _, _, source in pieces)
-    if not kept and not any(isinstance(source, Chunk | Replica) for _, _, source in pieces):
+    if not kept and all(isinstance(source, Absent) for _, _, source in pieces):
         if inode.allocated or inode.inline is not None:
             plan.drops = [(0, FILE_SIZE_MAX)]
         return
     plan.inline = b"".join(await reader.pieces(inode, pieces))
 
 
-def _is_of(source: Chunk | Replica, data: bytes) -> bool:
+def _is_of(source: DataSource, data: bytes) -> bool:
     return isinstance(source, Chunk) and source.data is data
 
 

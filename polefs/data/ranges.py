@@ -1,7 +1,8 @@
 """Which source holds which bytes of a file: a map from byte ranges to sources.
 
-A source is a ``Chunk`` (bytes in memory), a ``Replica`` (a local file, offset-identical to the file) or ``HOLE``
-(reads as zero). What the map does not cover is somebody else's: an older layer's, or the committed contents'.
+A source is a ``Chunk`` (bytes in memory), ``Logged`` (bytes in a journal), a ``Replica`` (a local file,
+offset-identical to the file) or ``HOLE`` (reads as zero). What the map does not cover is somebody else's: an older
+layer's, or the committed contents'.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Final, Literal
 
+from polefs.data.journal import Logged
 from polefs.data.replica import Replica
 
 TINY: Final = 8192
@@ -45,6 +47,11 @@ class Chunk:
             return data
         return memoryview(data)[start - base : end - base]
 
+    def read(self, offset: int, length: int) -> bytes:
+        """As of ``Replica``."""
+        data = self.cut(offset, offset + length)
+        return data if isinstance(data, bytes) else bytes(data)
+
     def part(self, start: int, end: int) -> Chunk:
         """A chunk for this range alone: the same one unless it would keep more than twice the memory that is needed."""
         if (end - start) * 2 >= len(self.data):
@@ -52,9 +59,10 @@ class Chunk:
         return Chunk(start, bytes(self.cut(start, end)))
 
 
-DirtySource = Chunk | Replica | Literal[Absent.HOLE]
+DataSource = Chunk | Logged | Replica
+DirtySource = DataSource | Literal[Absent.HOLE]
 """What a map holds."""
-Source = Chunk | Replica | Absent
+Source = DataSource | Absent
 """What a lookup through all layers finds."""
 
 DirtyPiece = tuple[int, int, DirtySource]
@@ -63,15 +71,16 @@ Piece = tuple[int, int, Source]
 
 
 class RangeMap:
-    """Sorted pieces that do not overlap. ``memory`` counts the bytes in chunks, ``data`` those in chunks and
-    replicas."""
+    """Sorted pieces that do not overlap. ``memory`` counts the bytes in chunks, ``logged`` those in journals alone,
+    ``data`` all that are no holes."""
 
-    __slots__ = ("_pieces", "_starts", "data", "memory")
+    __slots__ = ("_pieces", "_starts", "data", "logged", "memory")
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._pieces: list[DirtyPiece] = []
         self.memory = 0
+        self.logged = 0
         self.data = 0
 
     def __len__(self) -> int:
@@ -89,6 +98,8 @@ class RangeMap:
             self.data += size
             if source.__class__ is Chunk:
                 self.memory += size
+            elif source.__class__ is Logged:
+                self.logged += size
         if not starts:
             starts.append(start)
             pieces.append((start, end, source))
@@ -121,6 +132,8 @@ class RangeMap:
                 self.data -= lost
                 if old.__class__ is Chunk:
                     self.memory -= lost
+                elif old.__class__ is Logged:
+                    self.logged -= lost
             if old_start < start:
                 new.insert(0, (old_start, start, old.part(old_start, start) if isinstance(old, Chunk) else old))
             if old_end > end:

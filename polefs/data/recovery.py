@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Final
 
-from polefs.data.journal import Journal, Kind, Record, journal_name, journal_number, read_journal
-from polefs.data.ranges import HOLE, Chunk
+from polefs.data.journal import Journal, Kind, Logged, Record, journal_name, journal_number, read_journal
+from polefs.data.ranges import HOLE
 from polefs.data.replica import Replica
 from polefs.data.state import FileState, Layer
 from polefs.meta.api import MetaAPI
@@ -57,7 +57,8 @@ class _Replay:
             state.layers.append(Layer(number, inode.size, inode.ctime))
         return state
 
-    async def apply(self, number: int, record: Record) -> None:
+    async def apply(self, journal: Journal, record: Record) -> None:
+        number = journal.number
         kind, ino, a, b, generation, time, payload, end = record
         if kind is Kind.SEGMENT:
             self.found.segments.append(a)
@@ -74,7 +75,7 @@ class _Replay:
             self.found.mtimes[ino] = time
             return
         if kind is Kind.DATA:
-            layer.ranges.set(a, a + len(payload), Chunk(a, payload))
+            layer.ranges.set(a, a + len(payload), Logged(a, journal, end - len(payload)))
             layer.size = max(layer.size, a + len(payload))
         elif kind is Kind.RANGE:
             replica = self._replica(number, ino, generation)
@@ -113,13 +114,19 @@ async def recover(meta: MetaAPI, directory: str, before: int, threads: Executor)
     numbers = sorted(number for number in map(journal_number, names) if number is not None and number < before)
     paths = [(number, os.path.join(directory, journal_name(number))) for number in numbers]
     replay.settled = await loop.run_in_executor(threads, _settled, paths)
-    for number, path in paths:
-        records = read_journal(path, number)
+    replay.found.journals = await loop.run_in_executor(threads, _reopen, directory, numbers)
+    for journal in replay.found.journals:
+        records = read_journal(journal.path, journal.number)
         while page := await loop.run_in_executor(threads, _page, records):
             for record in page:
-                await replay.apply(number, record)
-    await loop.run_in_executor(threads, _secure, directory, numbers, replay.found)
+                await replay.apply(journal, record)
+    await loop.run_in_executor(threads, _secure, directory, replay.found)
     return replay.found
+
+
+def _reopen(directory: str, numbers: Iterable[int]) -> list[Journal]:
+    """Blocks."""
+    return [Journal.reopen(directory, number) for number in numbers]
 
 
 def _settled(journals: Iterable[tuple[int, str]]) -> dict[int, tuple[int, int]]:
@@ -136,10 +143,9 @@ def _page(records: Iterator[Record]) -> list[Record]:
     return list(itertools.islice(records, _PAGE))
 
 
-def _secure(directory: str, numbers: Iterable[int], found: Recovered) -> None:
+def _secure(directory: str, found: Recovered) -> None:
     """Make what was found survive the loss of power. Blocks."""
     for _, replica in found.replicas:
         os.fdatasync(replica.fd)
         replica.entry_synced = True
-    found.journals = [Journal.reopen(directory, number) for number in numbers]
     sync_directory(directory)

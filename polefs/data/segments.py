@@ -12,7 +12,7 @@ import google_crc32c
 import msgspec
 
 from polefs.data.frames import Codec, encode_frames
-from polefs.data.ranges import Chunk
+from polefs.data.ranges import DataSource
 from polefs.data.replica import Replica
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import Segment
@@ -26,7 +26,7 @@ RUN_MAX: Final = 4 << 20
 _READ: Final = 1 << 20
 _IDS: Final = 256
 
-DataPiece = tuple[int, int, Chunk | Replica]
+DataPiece = tuple[int, int, DataSource]
 
 
 class Run(msgspec.Struct):
@@ -61,7 +61,7 @@ def load(runs: Sequence[Run], number: int, codec: Codec | None) -> tuple[list[by
     frames: list[tuple[int, int, int]] = []
     size = 0
     for run in runs:
-        contents = [_load(piece) for piece in run.pieces]
+        contents = [source.read(start, end - start) for start, end, source in run.pieces]
         length = run.end - run.start
         size += length
         if codec is None:
@@ -77,31 +77,23 @@ def load(runs: Sequence[Run], number: int, codec: Codec | None) -> tuple[list[by
     return parts, Segment(number, size, tuple(frames), codec.coding if codec is not None else 0)
 
 
-def _load(piece: DataPiece) -> bytes:
-    start, end, source = piece
-    if isinstance(source, Chunk):
-        data = source.cut(start, end)
-        return data if isinstance(data, bytes) else bytes(data)
-    return source.read(start, end - start)
-
-
 def whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
-    """The replica that holds the file from 0 to ``size`` but for what is in memory, when there is one, most of the file
-    is in it and nothing else is: after a loss of power a journal may still tell of bytes past ``size``."""
+    """The replica that holds the file from 0 to ``size`` but for what the journal holds, when there is one, most of the
+    file is in it and nothing else is: after a loss of power a journal may still tell of bytes past ``size``."""
     replica: Replica | None = None
     position = 0
-    in_memory = 0
+    others = 0
     for start, end, source in pieces:
         if start != position:
             return None
-        if isinstance(source, Chunk):
-            in_memory += end - start
+        if not isinstance(source, Replica):
+            others += end - start
         elif replica is None or replica is source:
             replica = source
         else:
             return None
         position = end
-    if replica is None or position != size or in_memory > size // 2 or os.fstat(replica.fd).st_size > size:
+    if replica is None or position != size or others > size // 2 or os.fstat(replica.fd).st_size > size:
         return None
     return replica
 
@@ -109,14 +101,14 @@ def whole_replica(pieces: Sequence[DataPiece], size: int) -> Replica | None:
 def prepare_adoption(
     replica: Replica, pieces: Sequence[DataPiece], size: int
 ) -> tuple[tuple[int, int, int], ...] | None:
-    """Make the replica the whole file of ``size`` bytes, adding what is in memory chunks, and return its frames.
+    """Make the replica the whole file of ``size`` bytes, adding what is elsewhere, and return its frames.
     Nothing else may write to it. Blocks. None when it is an object already: a replay comes to it again after the death
     of the process, and other files may share that object by then."""
     if os.fstat(replica.fd).st_nlink > 1:
         return None
     for start, end, source in pieces:
-        if isinstance(source, Chunk):
-            replica.write(bytes(source.cut(start, end)), start)
+        if source is not replica:
+            replica.write(source.read(start, end - start), start)
 
     os.ftruncate(replica.fd, size)
     frames = []

@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -366,7 +367,7 @@ def test_a_time_is_not_brought_back_by_a_journal_newer_than_the_contents(tmp_pat
             await volume.meta.set_attributes(ino, SetAttr(mtime=mtime))
 
         await volume.write(ino, 0, b"x")
-        await volume.files._dirty.rotate()
+        await volume.files._log.rotate()
         await set_mtime(42)
         await volume.write(other, 0, b"keeps the second journal")
         await volume.files.flush(ino)
@@ -745,7 +746,7 @@ def test_a_failed_write_back_is_repeated(tmp_path: Path, where: str) -> None:
 
 
 def test_writes_wait_for_room_and_get_the_error_that_prevents_it(tmp_path: Path) -> None:
-    limits = Limits(memory=200_000, local=2 * MIB, journal=64 * MIB, replicas=100)
+    limits = Limits(memory=200_000, local=2 * MIB, replicas=100)
 
     async def work(volume: Volume) -> None:
         volume.files.start()
@@ -768,6 +769,131 @@ def test_writes_wait_for_room_and_get_the_error_that_prevents_it(tmp_path: Path)
             await volume.write(ino, 0, data)
 
     use(tmp_path, work, limits, flush_after=0.01)
+
+
+def test_small_files_beyond_the_memory_for_them_are_read_from_the_journal(tmp_path: Path) -> None:
+    limits = Limits(memory=100_000)
+
+    async def work(volume: Volume) -> None:
+        inos = [await volume.make(b"%d" % number) for number in range(40)]
+        data = [os.urandom(20_000) for _ in inos]
+        for ino, content in zip(inos, data, strict=True):
+            for start in range(0, len(content), 7000):
+                await volume.write(ino, start, content[start : start + 7000])
+            await volume.write(ino, 5000, content[5000:5100])
+        assert volume.files._dirty._memory <= limits.memory
+        assert [name for name in volume.local() if not name.startswith("journal")] == []
+        assert [await volume.read(ino) for ino in inos] == data
+        await volume.crash()
+        assert volume.files._dirty._memory == 0
+        assert [await volume.read(ino) for ino in inos] == data
+        await volume.write(inos[0], 0, b"later")
+        data[0] = b"later" + data[0][5:]
+        read_from = os.stat(tmp_path / "local" / "journal.1").st_ino
+        await volume.files.flush()
+        # It is not written anew under its readers.
+        assert read_from not in [os.stat(tmp_path / "local" / name).st_ino for name in volume.local()]
+        assert [await volume.read(ino) for ino in inos] == data
+
+    use(tmp_path, work, limits)
+
+
+def away(volume: Volume, *, slow: bool = False) -> asyncio.Event:
+    """Let the store be out of reach from now on, or just ``slow``, until the event that is returned is set."""
+    back = asyncio.Event()
+    put = volume.objects.put
+
+    async def waiting(key: str, parts: list[bytes]) -> None:
+        if not slow:
+            volume.objects.away_since = volume.objects.away_since or asyncio.get_running_loop().time()
+        await back.wait()
+        volume.objects.away_since = None
+        await put(key, parts)
+
+    volume.objects.put = waiting  # type: ignore[method-assign]
+    return back
+
+
+def test_who_waits_for_a_store_that_is_away_gets_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    limits = Limits(local=6 * MIB)
+
+    async def work(volume: Volume) -> None:
+        volume.files._sync_to_store = True
+        volume.files._patience.seconds = 0.05
+        volume.files.start()
+        back = away(volume)
+        inos = [await volume.make(b"%d" % number) for number in range(10)]
+        await volume.write(inos[0], 0, b"0" * 100_000)
+        for _ in range(2):
+            with pytest.raises(TimeoutError) as caught:
+                await volume.files.sync(inos[0])
+            assert caught.value.errno == errno.ETIMEDOUT
+        with pytest.raises(TimeoutError):
+            await volume.files.flush()
+        # A copy needs no store; it goes without sharing.
+        assert await volume.copy(inos[0], 0, inos[1], 0, 100_000) == 100_000
+        written = 0
+        with pytest.raises(TimeoutError):
+            for ino in inos[2:]:
+                await volume.write(ino, 1, b"x" * MIB)
+                written += 1
+        assert written >= 3
+        back.set()
+        volume.files._patience.seconds = 1e9
+        for ino in inos[2:]:
+            await volume.write(ino, 1, b"x" * MIB)
+        await volume.files.sync(inos[0])
+        assert await volume.read(inos[0]) == await volume.read(inos[1]) == b"0" * 100_000
+
+    use(tmp_path, work, limits, flush_after=0.01)
+
+
+def test_a_slow_store_is_waited_for(tmp_path: Path) -> None:
+    async def work(volume: Volume) -> None:
+        volume.files._sync_to_store = True
+        volume.files._patience.seconds = 0.01
+        back = away(volume, slow=True)
+        ino = await volume.make(b"f")
+        await volume.write(ino, 0, b"0" * 100_000)
+        syncing = asyncio.create_task(volume.files.sync(ino))
+        await asyncio.wait([syncing], timeout=0.1)
+        assert not syncing.done()
+        back.set()
+        await syncing
+
+    use(tmp_path, work)
+
+
+def test_write_back_survives_what_nobody_has_foreseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(volume: Volume) -> None:
+        monkeypatch.setattr("polefs.data.writeback._PAUSE", 0.001)
+        writeback = volume.files._writeback
+        failures = [KeyError("keep"), KeyError("wanted"), KeyError("wanted")]
+        wanted = writeback._wanted
+
+        async def keep(contents: object) -> None:
+            if failures:
+                raise failures.pop()
+
+        def wanting(lane: Any) -> int:
+            if len(failures) > 1:
+                raise failures.pop()
+            return wanted(lane)
+
+        writeback._keep = keep
+        monkeypatch.setattr(writeback, "_wanted", wanting)
+        writeback._normal.workers = 1
+        inos = [await volume.make(b"%d" % number) for number in range(3)]
+        for ino in inos:
+            await volume.write(ino, 0, b"x" * 5 * MIB)
+        await volume.files.flush()
+        assert not failures
+        assert volume.files.dirty_bytes == 0
+        assert sum("unexpected failure" in record.message for record in caplog.records) == 3
+
+    use(tmp_path, work)
 
 
 def test_write_back_happens_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ class DataModel(RuleBasedStateMachine):
     @initialize(small=st.booleans())
     def begin(self, small: bool) -> None:
         # With tight limits, writes wait for write-back.
-        limits = Limits(memory=300_000, local=8 << 20, journal=8 << 20, replicas=6) if small else None
+        limits = Limits(memory=100_000, local=8 << 20, replicas=6) if small else None
         self.volume = Volume(Path(self.directory), limits, cached=self.cached)
         self.started = small
         self.run(self.open())

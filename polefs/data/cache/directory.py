@@ -286,7 +286,7 @@ class CacheDirectory:
             for low in range(start, end, _STEP):
                 high = min(low + _STEP, end)
                 parts = [
-                    _bytes_of(max(first, low), min(last, high), source)
+                    source.read(max(first, low), min(last, high) - max(first, low))
                     for first, last, source in run
                     if first < high and last > low
                 ]
@@ -297,8 +297,8 @@ class CacheDirectory:
         path = self.path_of(ino)
         # Harmless to the journal: it tells of these bytes too, after those that they replace.
         for start, end, source in pieces:
-            if isinstance(source, Chunk):
-                write_all(replica.fd, source.cut(start, end), start)
+            if source is not replica:
+                write_all(replica.fd, source.read(start, end - start), start)
         os.ftruncate(replica.fd, size)
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -409,10 +409,6 @@ def block_runs(pieces: Sequence[DataPiece], size: int) -> Iterator[tuple[int, in
                 yield start, end, run
             run = []
         run.append(piece)
-
-
-def _bytes_of(start: int, end: int, source: Chunk | Replica) -> bytes | memoryview:
-    return source.cut(start, end) if isinstance(source, Chunk) else source.read(start, end - start)
 
 
 def _boot_id() -> str:
