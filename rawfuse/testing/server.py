@@ -161,9 +161,9 @@ class Server:
         self._end_is_known = True
         os.kill(self.pid, number)
 
-    def unmount(self) -> None:
+    def unmount(self, timeout: float = SERVER_DEADLINE) -> None:
         """umount(2) from outside, if that has not been done yet, then require that the server saves everything and ends
-        with code 0."""
+        with code 0 in so many seconds."""
         if self.aborted:
             self.kill()
             return
@@ -175,7 +175,7 @@ class Server:
             self.abort()
             self.kill()
             raise ServerError(f"unmount failed: {error.strerror}{users}\n{self.tail()}") from error
-        code = self.wait()
+        code = self.wait(timeout)
         if code != 0:
             raise ServerError(f"the server ended with code {code} after an unmount:\n{self.tail()}")
         self._connection = None

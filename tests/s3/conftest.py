@@ -13,9 +13,12 @@ import pytest
 
 from rawfuse.testing.fixtures import deadline_of
 from rawfuse.testing.watchdog import Watchdog
+from tests.mounted.targets import STRESS
 from tests.s3.faults import FaultProxy
 from tests.s3.server import SeaweedServer
 from tests.s3.volumes import S3Volume
+
+collect_ignore = [] if STRESS else ["test_big.py"]
 
 MakeVolume = Callable[..., S3Volume]
 

@@ -165,6 +165,58 @@ def test_lost_while_mounted(make_volume: MakeVolume) -> None:
         assert (volume.root / str(number)).read_bytes() == data
 
 
+def cut(cache: Path) -> None:
+    for path in cache.glob("files/*/*"):
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def no_directory(cache: Path) -> None:
+    shutil.rmtree(cache / "files")
+    (cache / "files").write_bytes(b"no directory")
+
+
+def no_files(cache: Path) -> None:
+    for path in cache.glob("files/*/*"):
+        path.unlink()
+        path.mkdir()
+
+
+def no_state(cache: Path) -> None:
+    (cache / "state").write_bytes(b"{")
+    for path in cache.glob("files/*/*"):
+        path.write_bytes(b"x" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", [cut, no_directory, no_files, no_state])
+def test_damaged(make_volume: MakeVolume, damage: Callable[[Path], None]) -> None:
+    """While it is mounted (but for its state, which is read at a mount), and for the next mount."""
+    volume = make_volume()
+    volume.start()
+    contents = [os.urandom(MIB + number) for number in range(3)]
+    for number, data in enumerate(contents):
+        (volume.root / str(number)).write_bytes(data)
+    flush(volume)
+    if damage is no_state:
+        volume.stop()
+    damage(volume.path / "cache")
+    if damage is no_state:
+        volume.start()
+    drop_pages()
+    for _ in range(1 if damage is no_directory else 2):
+        for number, data in enumerate(contents):
+            assert (volume.root / str(number)).read_bytes() == data
+        (volume.root / "3").write_bytes(contents[0])
+        flush(volume)
+        assert (volume.root / "3").read_bytes() == contents[0]
+        volume.stop()
+        if damage is no_directory:
+            assert "holds a file where a directory should be: remove it" in polefs(
+                "mount", volume.path, volume.root, code=1
+            )
+            shutil.rmtree(volume.path / "cache")
+        volume.start()
+
+
 def test_a_full_disk_under_it(make_volume: MakeVolume, small_disk: Path) -> None:
     """Reading goes on, and what is read is right, whatever there is no room for."""
     volume = make_volume(mount=("--cache-dir", str(small_disk), "--cache-free", "1"))
@@ -197,6 +249,44 @@ def test_under_a_small_limit(make_volume: MakeVolume) -> None:
     while state(volume).size > 8 * MIB:
         # What was read last may have come into the cache only now.
         ask(volume, control.ShrinkCache(8 * MIB))
+
+
+def test_a_full_disk_under_what_is_not_written_back(
+    small_disk: Path, proxy: FaultProxy, make_volume: MakeVolume
+) -> None:
+    """The store is away and the volume's own disk fills: writers get ENOSPC, and nothing acknowledged is lost."""
+    volume = make_volume(endpoint=proxy.endpoint)
+    shutil.copytree(volume.path, small_disk / "volume")
+    volume.path = small_disk / "volume"
+    volume.mount_options = ["--cache-dir", str(volume.root.with_name("cache")), "-o", "store_timeout=3s"]
+    volume.start()
+    (volume.root / "first").write_bytes(b"first" * 1000)
+    flush(volume)
+    proxy.refuse()
+    contents: dict[str, bytes] = {}
+    with pytest.raises(OSError, match="No space left"):
+        for number in range(100):
+            fd = os.open(volume.root / str(number), os.O_WRONLY | os.O_CREAT)
+            try:
+                done = 0
+                data = os.urandom(MIB)
+                while done < MIB:
+                    done += os.write(fd, data[done : done + (64 << 10)])
+                    contents[str(number)] = data[:done]
+            finally:
+                os.close(fd)
+    assert 4 < len(contents) < 24
+    for name, data in contents.items():
+        assert (volume.root / name).read_bytes() == data
+    proxy.accept()
+    flush(volume)
+    (volume.root / "later").write_bytes(b"later" * 100_000)
+    volume.stop()
+    volume.lose_local()
+    volume.start()
+    for name, data in contents.items():
+        assert (volume.root / name).read_bytes() == data
+    assert (volume.root / "later").read_bytes() == b"later" * 100_000
 
 
 @pytest.mark.parametrize("options", ["ro", "ro,nopassthrough"])

@@ -20,7 +20,7 @@ from polefs.objects.location import S3Location
 from polefs.objects.marker import KEY
 from tests.s3.faults import Fault, FaultProxy
 from tests.s3.helpers import location_of, use
-from tests.s3.server import BUCKET, SECRET_KEY, Place, SeaweedServer
+from tests.s3.server import BUCKET, READER_KEY, SECRET_KEY, Place, SeaweedServer
 
 ME = Holder(os.getpid(), "format")
 
@@ -112,6 +112,35 @@ def test_wrong_keys_and_no_keys(
     polefs.refused(*formatting(tmp_path / "w", s3_place), says="artial credentials found")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     polefs.refused(*formatting(tmp_path / "w", s3_place), says="no credentials found: set AWS_ACCESS_KEY_ID")
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (Fault.ACCESS_DENIED, "no permission: allow the key"),
+        (Fault.WRONG_REGION, "wrong region: the bucket is in region"),
+        (Fault.SKEWED_CLOCK, "the clock of this machine is far off: set it"),
+    ],
+)
+def test_what_the_server_refuses(
+    s3_place: Place, proxy: FaultProxy, tmp_path: Path, polefs: Command, fault: Fault, says: str
+) -> None:
+    place = msgspec.structs.replace(s3_place, endpoint=proxy.endpoint)
+    make_volume(str(tmp_path / "v"), ME, contents=contents_at(place)).unlock()
+    (tmp_path / "mnt").mkdir()
+    proxy.inject(fault)
+    polefs.refused("mount", str(tmp_path / "v"), str(tmp_path / "mnt"), says=says)
+    polefs.refused("fsck", "--data", str(tmp_path / "v"), says=says, status=8)
+    polefs.refused(*formatting(tmp_path / "w", place), says=says)
+    proxy.heal()
+    polefs("fsck", "--data", str(tmp_path / "v"))
+
+
+def test_a_key_that_may_only_read(
+    s3_place: Place, tmp_path: Path, polefs: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER_KEY)
+    polefs.refused(*formatting(tmp_path / "v", s3_place), says="no permission: allow the key")
 
 
 def test_no_such_bucket(s3_server: SeaweedServer, s3_place: Place, tmp_path: Path, polefs: Command) -> None:

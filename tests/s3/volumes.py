@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rawfuse.testing.server import Server, ServerError
+from rawfuse.testing.server import SERVER_DEADLINE, Server, ServerError
 from rawfuse.testing.watchdog import Watchdog
 from tests.mounted.targets import REPOSITORY
 from tests.s3.server import Place
@@ -70,10 +70,10 @@ class S3Volume:
         else:
             self.server.launch()
 
-    def stop(self) -> None:
-        """Unmount it; it must save everything and end with code 0."""
+    def stop(self, timeout: float = SERVER_DEADLINE) -> None:
+        """Unmount it; it must save everything and end with code 0, within so many seconds."""
         assert self.server is not None
-        self._forget().unmount()
+        self._forget().unmount(timeout)
 
     def ended(self) -> int:
         """The daemon's exit code, once it has ended by itself."""

@@ -222,10 +222,10 @@ def test_a_file_that_begins_to_load_when_keeping_it_ends(tmp_path: Path, monkeyp
             kept.set_result((0, 1 << 40))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            opening = asyncio.create_task(cache.open(ino))
+            opening = asyncio.create_task(cache.open(ino, 0))
             await keeping
             await opening
-            file = await cache.open(ino)
+            file = await cache.open(ino, 0)
             assert file is not None and cache.find(ino) is file
 
     run(tmp_path, work)
@@ -861,8 +861,10 @@ def test_the_last_block_ends_with_the_file(tmp_path: Path) -> None:
     directory.begin(0, 1)
     directory.fill(directory.create(7), BLOCK, [b"x" * 100])
     os.truncate(directory.path_of(7), BLOCK + 100)
-    _, valid = directory.load(7)
+    _, valid = directory.load(7, BLOCK + 100)
     assert list(valid) == [(BLOCK, 2 * BLOCK)]
+    _, valid = directory.load(7, 3 * BLOCK)  # somebody has cut it
+    assert list(valid) == []
     directory.close(clean=True)
 
 

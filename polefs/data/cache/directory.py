@@ -97,7 +97,11 @@ class CacheDirectory:
         """The cache directory of the volume with this uuid, made when there is none. OSError with a text that says what
         to do: EINVAL when it is another volume's, EBUSY when another process uses it, EOPNOTSUPP when its file system
         does not keep account of single blocks, and what making it may raise."""
-        os.makedirs(os.path.join(path, "files"), mode=0o700, exist_ok=True)
+        try:
+            os.makedirs(os.path.join(path, "files"), mode=0o700, exist_ok=True)
+        except FileExistsError:
+            text = f"the cache directory {path} holds a file where a directory should be: remove it"
+            raise OSError(errno.ENOTDIR, text) from None
         lock = OpenFile(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,15 +220,14 @@ class CacheDirectory:
     def path_of(self, ino: int) -> str:
         return f"{self._files}/{ino >> 8:x}/{ino:x}"
 
-    def load(self, ino: int) -> tuple[OpenFile | None, RangeSet]:
-        """The cache file of an inode, None when there is none, and its valid ranges."""
+    def load(self, ino: int, size: int) -> tuple[OpenFile | None, RangeSet]:
+        """The cache file of an inode of this size, None when there is none, and its valid ranges."""
         try:
             file = OpenFile(self.path_of(ino), os.O_RDWR)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None, RangeSet()
-        size = os.fstat(file.fd).st_size
         return file, RangeSet(
-            # Whole blocks; the last one of the file may end with it.
+            # Whole blocks; the last one may end with the inode, and where else somebody has cut the file.
             (-(-start // BLOCK) * BLOCK, (-(-end // BLOCK) if end == size else end // BLOCK) * BLOCK)
             for start, end in allocated_ranges(file.fd)
         )
@@ -335,7 +338,7 @@ class CacheDirectory:
             path = self.path_of(ino)
             try:
                 file = OpenFile(path, os.O_RDWR)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 removed.append(ino)
                 continue
             if os.fstat(file.fd).st_nlink == 1:
@@ -354,7 +357,7 @@ class CacheDirectory:
         freed = 0
         for ino in inos:
             path = self.path_of(ino)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 freed += os.stat(path).st_blocks * 512
                 os.unlink(path)
         return freed
@@ -394,7 +397,7 @@ def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(path) as entries:
             return list(entries)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -128,7 +128,7 @@ class CachedContents:
         return await self._read(inode, start, stop) + zeros(end - stop)
 
     async def _read(self, inode: Inode, start: int, end: int) -> list[Buffer]:
-        file = await self.cache.open(inode.ino)
+        file = await self.cache.open(inode.ino, inode.size)
         extents = await self._look_up(inode, start & -REGION, min(_up(end, REGION), _up(inode.size)))
         # From here to the last flight nothing is awaited: metadata, generation and valid ranges belong together.
         if file is None or file.changing or file.gone:
@@ -204,7 +204,7 @@ class CachedContents:
 
     async def hold_complete(self, inode: Inode) -> CachedFile[Reading] | None:
         """The file's cache, when it holds all of it in a cache file of exactly its size; counted in its ``users``."""
-        file = await self.cache.open(inode.ino)
+        file = await self.cache.open(inode.ino, inode.size)
         if file is None or not inode.size or not file.valid.covers(0, _up(inode.size)):
             return None
         file.users += 1
@@ -224,7 +224,7 @@ class CachedContents:
                 return
             end = min(position + _WARMED, _up(inode.size))
             try:
-                file = await self.cache.open(ino)
+                file = await self.cache.open(ino, inode.size)
                 extents = await self._look_up(inode, position, end)
                 if file is not None and not file.changing and not file.gone:
                     segments = self._neighbours if inode.size <= _SMALL else self._segments
@@ -259,7 +259,7 @@ class CachedContents:
         try:
             inode = await self._meta.get_inode(ino)
             end = min(end, _up(inode.size))
-            file = await self.cache.open(ino)
+            file = await self.cache.open(ino, inode.size)
             if file is None or start >= end:
                 return
             extents = await self._look_up(inode, start, end)

@@ -200,8 +200,9 @@ class ContentCache(Generic[R]):
         self._files.move_to_end(ino)
         return file
 
-    async def open(self, ino: int) -> CachedFile[R] | None:
-        """The file; None while nothing of it can be cached: it is being changed or removed, or that fails."""
+    async def open(self, ino: int, size: int) -> CachedFile[R] | None:
+        """The file of an inode of this size; None while nothing of it can be cached: it is being changed or removed, or
+        that fails."""
         if ino in self._removing:
             return None
         file = self._files.get(ino) or self._enter(ino)
@@ -210,7 +211,7 @@ class ContentCache(Generic[R]):
                 return None
             if file.loading is None:
                 file.filling += 1  # from now on: whoever calls ``_leave`` before the task begins must not drop the file
-                file.loading = asyncio.get_running_loop().create_task(self._load(file, file.generation))
+                file.loading = asyncio.get_running_loop().create_task(self._load(file, size, file.generation))
             await asyncio.wait([file.loading])
             if not file.loaded:
                 return None
@@ -239,10 +240,10 @@ class ContentCache(Generic[R]):
             if idle.handle is not None:
                 self._run(_mark_used, [idle.handle])
 
-    async def _load(self, file: CachedFile[R], generation: int) -> None:
+    async def _load(self, file: CachedFile[R], size: int, generation: int) -> None:
         """Open a file that counts as being filled since ``generation``."""
         try:
-            handle, valid = await self._run(self._directory.load, file.ino)
+            handle, valid = await self._run(self._directory.load, file.ino, size)
         except OSError as error:
             log.warning("cannot use the cache file of inode %d: %s", file.ino, error.strerror)
             return
