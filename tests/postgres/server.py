@@ -54,8 +54,10 @@ class PostgresServer:
         self._log: list[str] = []
         self._numbers = itertools.count(1)
         self._as_user: list[str] = []
+        self.user = os.geteuid()
         if os.geteuid() == 0:
             nobody = pwd.getpwnam("nobody")
+            self.user = nobody.pw_uid
             os.chown(self.path, nobody.pw_uid, nobody.pw_gid)
             self._as_user = [f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups"]
 

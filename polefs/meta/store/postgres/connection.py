@@ -40,6 +40,10 @@ _LOST: Final = ("08", "57P", "40003", "53300", "25006")
 """SQLSTATEs, or how they begin, of a server that is away, going, coming, or not the one that may write."""
 
 
+FAILURES: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""All that a statement or a connection may raise (a TimeoutError is an OSError)."""
+
+
 def describe(dsn: str) -> str:
     """A DSN as it may be shown: without the user's name and password."""
     parts = urlsplit(dsn)
@@ -55,7 +59,7 @@ def is_lost(error: BaseException) -> bool:
     """The server or the way to it is away; what was sent may have been done."""
     if isinstance(error, asyncpg.PostgresError):
         return bool(error.sqlstate) and error.sqlstate.startswith(_LOST)
-    return isinstance(error, (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError))
+    return isinstance(error, FAILURES)
 
 
 def os_error(error: BaseException) -> OSError:
@@ -99,7 +103,7 @@ async def connect_first(dsn: str) -> asyncpg.Connection[Any]:
         raise OSError(errno.EACCES, f"the database {where} refuses: {error}") from None
     except (asyncpg.ClientConfigurationError, ValueError) as error:
         raise OSError(errno.EINVAL, f"{where} is no address of a database: {error}") from None
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except FAILURES as error:
         reason = getattr(error, "strerror", None) or str(error) or "no answer"
         raise OSError(
             errno.EHOSTUNREACH, f"cannot reach the database {where}: {reason}: start it, or give its address"
@@ -139,7 +143,7 @@ class Connections:
         """Let ``work`` use a connection; it is repeated as ``fetch`` is."""
         try:
             return await again(self._deadline)(self._run_once, work)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError) as error:
+        except FAILURES as error:
             raise os_error(error) from error
 
     async def _run_once(self, work: Callable[[asyncpg.Connection[Any]], Awaitable[T]]) -> T:
@@ -173,7 +177,7 @@ class Connections:
         for connection in self._all:
             try:
                 await connection.close(timeout=1.0)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except FAILURES:
                 connection.terminate()
         self._all.clear()
         self._idle.clear()

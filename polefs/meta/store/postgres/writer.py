@@ -23,7 +23,7 @@ import asyncpg
 import msgspec
 
 from polefs.meta.store.postgres import tables
-from polefs.meta.store.postgres.connection import Connections, again, connect, is_conflict, is_lost, os_error
+from polefs.meta.store.postgres.connection import FAILURES, Connections, again, connect, is_conflict, is_lost, os_error
 from polefs.meta.store.postgres.layers import Batch
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class Writer:
         try:
             connection = await self._connected()
             await connection.execute(tables.GIVE_BACK, self._volume, self.epoch, batch, b"")
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except FAILURES as error:
             log.warning("volume %s cannot be given back; its lease will end: %s", self._name, error)
 
     # Transactions
@@ -163,7 +163,7 @@ class Writer:
         first_sent = clock()
         try:
             await again(self._deadline)(self._attempt, script, batch.number, first_sent)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError, Overtaken) as error:
+        except (*FAILURES, Overtaken) as error:
             raise os_error(error) from error
 
     async def _attempt(self, script: str, number: int, first_sent: float) -> None:
@@ -216,7 +216,7 @@ class Writer:
         if self._connection is not None:
             try:
                 await self._connection.close(timeout=1.0)
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            except FAILURES:
                 self._drop()
 
 
