@@ -92,7 +92,7 @@ def forget_times(state: State) -> None:
             file.mtime = None
 
 
-@pytest.mark.deadline(240)
+@pytest.mark.deadline(3600 if STRESS else 240)
 def test_kill_under_load(volume: PolefsTarget, volume_root: Path) -> None:
     """Rounds of random length: some shorter, some longer than the time after which data is written back."""
     crashes = Crashes(volume, volume_root, seed=1)
