@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from rawfuse import FOREVER
 from rawfuse.testing.fixtures import make_scratch
 from rawfuse.testing.mounts import find_mount, mounts, umount_syscall
 from rawfuse.testing.watchdog import Watchdog
@@ -313,6 +315,32 @@ def test_log_file_and_trace(place: Place) -> None:
         "mount", "--trace", "/nowhere/wire", str(place.volume), str(place.mountpoint)
     )
     assert find_mount(place.mountpoint) is None
+
+
+def test_the_kernel_asks_once(place: Place) -> None:
+    """Names, missing names, attributes and targets of links are the kernel's to know for good: nobody else changes
+    them."""
+    trace = place.scratch / "wire"
+    place.mount("--trace", str(trace))
+    for number in range(20):
+        (place.mountpoint / f"file{number}").write_bytes(b"x" * number)
+        (place.mountpoint / f"link{number}").symlink_to(f"target{number}")
+
+    def look() -> None:
+        for number in range(20):
+            assert (place.mountpoint / f"file{number}").stat().st_size == number
+            assert os.readlink(place.mountpoint / f"link{number}") == f"target{number}"
+            assert not (place.mountpoint / f"target{number}").exists()
+
+    look()
+    told = trace.read_text()
+    look()
+    assert trace.read_text() == told
+    for entry in (r"entry_ttl=(\d+)", r"attributes=Attributes.* attr_ttl=(\d+)"):
+        times = re.findall(entry, told)
+        assert len(times) >= 40
+        assert set(times) == {str(FOREVER)}
+    place.umount()
 
 
 def test_newer_formats(place: Place) -> None:

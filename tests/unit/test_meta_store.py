@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from polefs.meta.check import check
-from polefs.meta.model import ROOT_INO, Inode
+from polefs.meta.model import ROOT_INO, DataCommit, Inode, SetAttr
+from polefs.meta.service import MetaService
 from polefs.meta.store import schema, sqlite
 from polefs.meta.store.base import FormatError
 from polefs.meta.store.redo import read_log
@@ -381,6 +382,36 @@ def test_the_volume_row(tmp_path: Path) -> None:
     assert list(check(store)) == []
     store.shutdown()
     assert sorted(os.listdir(tmp_path)) == ["with space%3f?#.db"]
+
+
+def test_the_caches_are_bounded(tmp_path: Path) -> None:
+    """And what leaves them in the middle of a turn, before it is written to the database, is not lost."""
+    path = str(tmp_path / "meta.db")
+    SqliteStore.create(path, name="x").shutdown()
+    store = SqliteStore.open(path, cache=(8, 4, 8))
+    service = MetaService(store)
+
+    async def make(number: int) -> Inode:
+        inode = await service.make_node(ROOT, ROOT_INO, b"%d" % number, 0o100644, 0)
+        if number % 2:
+            content = b"%d" % number
+            await service.commit_data([], [DataCommit(inode.ino, len(content), 1, inline=content)])
+        return await service.set_attributes(inode.ino, SetAttr(uid=number))
+
+    async def work() -> None:
+        await service.start()
+        made = await asyncio.gather(*(make(number) for number in range(100)))
+        caches = store._tx._caches
+        for _ in range(2):
+            assert (len(caches.inodes), len(caches.inlined), len(caches.names)) == (8, 4, 8)
+            for number, inode in enumerate(made):
+                found = await service.lookup(ROOT_INO, b"%d" % number)
+                assert (found.ino, found.uid) == (inode.ino, number)
+                assert found.inline == (b"%d" % number if number % 2 else None)
+        assert sorted(inode.uid for _, inode in await service.list_dir_plus(ROOT_INO, 0, 1000)) == [*range(100)]
+        await service.close()
+
+    asyncio.run(work())
 
 
 def test_create_never_overwrites(tmp_path: Path) -> None:
