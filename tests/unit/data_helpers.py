@@ -16,6 +16,7 @@ from polefs.meta.model import ROOT_INO, Caller, Inode
 from polefs.meta.service import MetaService
 from polefs.meta.store.sqlite import SqliteStore
 from polefs.objects.directory import DirectoryStore
+from polefs.objects.localio import aligned_buffer
 
 ROOT = Caller(0, 0)
 
@@ -61,6 +62,11 @@ class FarStore(DirectoryStore):
 
     async def adopt(self, key: str, path: str) -> bool:
         return False
+
+    async def get(self, key: str, offset: int, length: int) -> memoryview:
+        buffer = aligned_buffer(length)
+        buffer[:] = await super().get(key, offset, length)
+        return buffer
 
     def get_now(self, key: str, offset: int, length: int) -> None:
         return None

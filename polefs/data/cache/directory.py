@@ -36,6 +36,7 @@ from polefs.data.ranges import Chunk
 from polefs.data.replica import Replica
 from polefs.data.segments import DataPiece, whole_replica
 from polefs.objects.localio import (
+    DIRECT_MIN,
     OpenFile,
     allocated_ranges,
     punch_hole,
@@ -43,6 +44,7 @@ from polefs.objects.localio import (
     sync_file_system,
     write_all,
     write_parts,
+    write_past_cache,
 )
 
 log = logging.getLogger(__name__)
@@ -254,7 +256,10 @@ class CacheDirectory:
                 if os.fstat(fd).st_size < end:
                     # What is written past the end may take along blocks for more to come (XFS).
                     os.ftruncate(fd, end)
-            write_parts(fd, [*parts, bytes(padding)] if padding else parts, start)
+            if length >= DIRECT_MIN and not padding:
+                write_past_cache(fd, parts, start)
+            else:
+                write_parts(fd, [*parts, bytes(padding)] if padding else parts, start)
         except BaseException:
             try:
                 self._invalidate(file, [(start, end)])

@@ -17,6 +17,7 @@ from typing import Any, Final
 from polefs.data.budget import MemoryBudget
 from polefs.data.cache.directory import BLOCK, CacheDirectory
 from polefs.data.cache.gather import SegmentReader, cut, gather
+from polefs.data.cache.landed import Landed, LandedRange
 from polefs.data.cache.neighbours import Neighbours
 from polefs.data.cache.rangeset import Range, RangeSet
 from polefs.data.cache.store import CachedFile, CacheLimits, ContentCache
@@ -27,6 +28,7 @@ from polefs.data.frames import FRAME_MAX, Buffer
 from polefs.data.reader import ContentsChanged, zeros
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import Extent, Inode
+from polefs.objects.localio import DIRECT_MIN
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class _Flight:
     """``[start, end)``, whole blocks; ``done`` brings the bytes, with zeros beyond the end of the file, and at the end
     of ``task`` they are cached."""
 
-    __slots__ = ("done", "end", "generation", "start", "task")
+    __slots__ = ("done", "end", "generation", "start", "task", "unread")
 
     task: asyncio.Task[None]
 
@@ -57,16 +59,19 @@ class _Flight:
         self.start = start
         self.end = end
         self.generation = generation
+        self.unread = end - start
+        """Bytes that nobody has asked it for."""
         self.done: asyncio.Future[list[Buffer]] = asyncio.get_running_loop().create_future()
 
 
 class Reading:
     """What the reader keeps with a ``CachedFile``."""
 
-    __slots__ = ("flights", "streams")
+    __slots__ = ("flights", "landed", "streams")
 
     def __init__(self) -> None:
         self.flights: list[_Flight] = []
+        self.landed: list[LandedRange] = []
         self.streams = Streams()
 
 
@@ -90,6 +95,7 @@ class CachedContents:
         self._threads = ThreadPoolExecutor(_THREADS, "cache")
         self.cache = ContentCache(directory, self._threads, limits, Reading)
         self._budget = budget
+        self._landed = Landed(budget)
         self._neighbours = Neighbours(segments, budget.share(budget.limit // 2))
         self._tasks: set[asyncio.Task[None]] = set()
         self.hits = 0
@@ -118,13 +124,15 @@ class CachedContents:
             return zeros(end - start)
         file = self.cache.find(inode.ino)
         if file is not None and file.valid.covers(start, stop):
-            data = file.read_now(start, stop)
-            if data is not None:
+            found = self._landed.read(file.reading.landed, file.generation, start, stop)
+            if found is None and (data := file.read_now(start, stop)) is not None:
+                found = [data]
+            if found is not None:
                 self.hits += stop - start
                 ahead = file.reading.streams.note(start, stop)
                 if ahead is not None and ahead[0] < inode.size:
                     self._start(self._fetch_ahead(inode.ino, *ahead))
-                return [data, *zeros(end - stop)]
+                return found + zeros(end - stop)
         return await self._read(inode, start, stop) + zeros(end - stop)
 
     async def _read(self, inode: Inode, start: int, end: int) -> list[Buffer]:
@@ -171,7 +179,8 @@ class CachedContents:
             if flight is None:
                 found += await self._cached(file, generation, extents, low, high)
             else:
-                found += await self._landed(flight, extents, low, high)
+                flight.unread -= high - low
+                found += await self._awaited(flight, extents, low, high)
         return found
 
     async def _look_up(self, inode: Inode, start: int, end: int) -> list[Extent]:
@@ -195,7 +204,7 @@ class CachedContents:
                 return [data]
         return await gather(self._segments, extents, start, end)
 
-    async def _landed(self, flight: _Flight, extents: Sequence[Extent], start: int, end: int) -> list[Buffer]:
+    async def _awaited(self, flight: _Flight, extents: Sequence[Extent], start: int, end: int) -> list[Buffer]:
         await asyncio.wait([flight.done])
         if flight.done.exception() is not None:
             # It may have been somebody else's; whoever reads learns what is wrong by trying.
@@ -304,12 +313,18 @@ class CachedContents:
         size = flight.end - flight.start
         try:
             if not paid:
-                await self._budget.take(size)
+                await self._take(size)
             try:
                 parts = await gather(segments, extents, flight.start, flight.end)
                 flight.done.set_result(parts)
                 await self.cache.fill(file, flight.generation, flight.start, parts)
-            finally:
+            except BaseException:
+                self._budget.give(size)
+                raise
+            if size >= DIRECT_MIN and flight.unread > 0:
+                landed = LandedRange(flight.start, flight.end, flight.generation, flight.unread, parts)
+                self._landed.keep(file.reading.landed, landed)
+            else:
                 self._budget.give(size)
         except Exception as error:
             if not isinstance(error, OSError):
@@ -320,6 +335,12 @@ class CachedContents:
         finally:
             file.reading.flights.remove(flight)
             file.users -= 1
+
+    async def _take(self, size: int) -> None:
+        while not self._budget.take_now(size):
+            if not self._landed.drop_oldest():
+                await self._budget.take(size)
+                return
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
