@@ -151,7 +151,18 @@ class MetaAPI(Protocol):
         ...
 
     async def release_orphans(self, inos: Sequence[int]) -> None:
-        """The last user of these is gone: those with nlink 0 are removed with all they hold. Others are passed over."""
+        """This session uses them no more: those with nlink 0 that no other session uses are removed with all they hold.
+        Others are passed over."""
+        ...
+
+    async def open_inode(self, ino: int) -> Inode:
+        """This session uses the inode from now on, so that it keeps its contents when another session takes its last
+        name away, until ``close_inodes``, once. For sessions that share a volume with others."""
+        ...
+
+    async def close_inodes(self, inos: Sequence[int]) -> None:
+        """This session uses these no more. What has lost its last name meanwhile, and is used by nobody any more, is
+        removed."""
         ...
 
     # Garbage

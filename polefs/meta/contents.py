@@ -306,15 +306,15 @@ def _put_cloned(tx: Transaction, inode: Inode, size: int, allocated: int, inline
 
 
 async def release_orphans(tx: Transaction, inos: Sequence[int]) -> list[int]:
-    """Remove those with nlink 0; returns those that are left for another transaction: each deletes ``_CHUNK`` extents
-    of one file, or a few of many."""
+    """Let go of these, and remove those with nlink 0 that no other session holds; returns those that are left for
+    another transaction: each deletes ``_CHUNK`` extents of one file, or a few of many."""
     live: Counter[int] = Counter()
     left: list[int] = []
     tx.prefetch(inodes=inos)
     tx.prefetch(heads=[(ino, _CHUNK) for ino in inos if _has_extents(await tx.inode(ino))])
     for position, ino in enumerate(inos):
         inode = await tx.inode(ino)
-        if inode is None or inode.nlink:
+        if inode is None or inode.nlink or await _held_by_others(tx, ino):
             continue
         if inode.inline is None and inode.allocated:
             inode = await _delete_contents(tx, inode, live)
@@ -328,6 +328,16 @@ async def release_orphans(tx: Transaction, inos: Sequence[int]) -> list[int]:
 
 def _has_extents(inode: Inode | None) -> bool:
     return inode is not None and not inode.nlink and inode.inline is None and inode.allocated > 0
+
+
+async def _held_by_others(tx: Transaction, ino: int) -> bool:
+    session = tx.session.id
+    if session == 0:
+        return False  # there are no others
+    others = [each for each in await tx.orphan_sessions(ino) if each != session]
+    if others:
+        await tx.delete_orphan(ino, session)
+    return bool(others)
 
 
 async def _delete_contents(tx: Transaction, inode: Inode, live: Counter[int]) -> Inode:
@@ -347,7 +357,7 @@ async def _delete_contents(tx: Transaction, inode: Inode, live: Counter[int]) ->
 async def _delete_inode(tx: Transaction, inode: Inode) -> None:
     ino = inode.ino
     await tx.delete_inode(ino)
-    await tx.delete_orphan(ino)
+    await tx.delete_orphan(ino, None)
     if stat.S_ISLNK(inode.mode):
         await tx.delete_symlink(ino)
     if inode.flags & INODE_XATTR:

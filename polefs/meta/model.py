@@ -169,6 +169,17 @@ class SetAttr(msgspec.Struct):
     """Clear set-user-ID, and set-group-ID where the group may execute (kernel: should_remove_suid)."""
 
 
+class SessionRow(msgspec.Struct, frozen=True):
+    """A client of the meta service, across its connections and the service's restarts."""
+
+    id: int
+    secret: bytes
+    """SHA-256 of what only the client knows."""
+    read_only: bool
+    info: str
+    """Who it is, for the administrator."""
+
+
 class Usage(msgspec.Struct):
     """Counters of a volume: bytes of all files' allocations, inodes in use, and the volume's limits (0: none)."""
 

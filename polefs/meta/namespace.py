@@ -172,7 +172,7 @@ async def make_unnamed(tx: Transaction, caller: Caller, parent: int, mode: int, 
     inode.flags |= INODE_UNNAMED
     tx.put_inode(inode)
     tx.add_usage(0, 1)
-    await tx.add_orphan(inode.ino)
+    await tx.add_orphan(inode.ino, tx.session.id)
     for key, value in acls:
         await tx.put_xattr(inode.ino, key, value)
     return inode
@@ -234,7 +234,7 @@ async def link(tx: Transaction, ino: int, parent: int, name: bytes) -> Inode:
     now = time.time_ns()
     await tx.add_dentry(parent, name, ino, inode.mode & _FORMAT_MASK)
     if unnamed:
-        await tx.delete_orphan(ino)
+        await tx.delete_orphan(ino, None)
     changed = replace(
         inode,
         nlink=inode.nlink + 1,
@@ -270,7 +270,8 @@ async def _drop_link(tx: Transaction, inode: Inode, now: int) -> Inode:
     changed = replace(inode, nlink=nlink, ctime=now, attr_version=inode.attr_version + 1)
     tx.put_inode(changed)
     if nlink == 0:
-        await tx.add_orphan(inode.ino)
+        for session in tx.session.holders(inode.ino):
+            await tx.add_orphan(inode.ino, session)
     return changed
 
 

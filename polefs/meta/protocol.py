@@ -73,6 +73,8 @@ class Welcome(msgspec.Struct, tag=16, array_like=True, frozen=True):
     lease: float
     """Seconds after the last sign of life at which the session is over."""
     read_only: bool
+    tell: bool
+    """The service has been restarted and does not know what the session uses."""
 
 
 class Refused(msgspec.Struct, tag=17, array_like=True, frozen=True):
@@ -91,26 +93,18 @@ class Pong(msgspec.Struct, tag=19, array_like=True, frozen=True):
     number: int
 
 
-FromClient = Hello | Requests | Ping | Goodbye
+class Uses(msgspec.Struct, tag=4, array_like=True, frozen=True):
+    """The answer to ``Welcome.tell``, before any request: the inodes that the session has open."""
+
+    inos: list[int]
+
+
+FromClient = Hello | Requests | Ping | Goodbye | Uses
 FromService = Welcome | Refused | Replies | Pong
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_from_client: Final = msgspec.msgpack.Decoder(FromClient).decode
 decode_from_service: Final = msgspec.msgpack.Decoder(FromService).decode
-
-
-class Operation:
-    """One coroutine method of ``MetaAPI`` on the wire."""
-
-    __slots__ = ("arguments", "name", "reads", "result")
-
-    def __init__(self, name: str, hints: dict[str, Any], reads: bool) -> None:
-        self.name = name
-        self.reads = reads
-        """It changes nothing, so that it may simply be repeated."""
-        result = hints.pop("return")
-        self.arguments = msgspec.msgpack.Decoder(tuple[tuple(hints.values())])  # type: ignore[misc]
-        self.result = msgspec.msgpack.Decoder(result)
 
 
 _READING = frozenset(
@@ -120,8 +114,33 @@ _READING = frozenset(
     )
 )
 
+_HARMLESS = frozenset(("open_inode", "close_inodes", "release_orphans"))
+
+_REPEATABLE = frozenset(
+    ("open_inode", "close_inodes", "release_orphans", "touch_atime", "allocate_segments", "forget_segments")
+)
+"""To be done twice does no harm after a restart of the service; some are several transactions."""
+
 _LOCAL = frozenset(("close",))
 """Said in other ways: by ``Goodbye``."""
+
+
+class Operation:
+    """One coroutine method of ``MetaAPI`` on the wire."""
+
+    __slots__ = ("arguments", "harmless", "name", "once", "reads", "result")
+
+    def __init__(self, name: str, hints: dict[str, Any], reads: bool) -> None:
+        self.name = name
+        self.reads = reads
+        """It changes nothing, so that it may simply be repeated."""
+        self.harmless = reads or name in _HARMLESS
+        """Sessions that are read-only may ask for it."""
+        self.once = not reads and name not in _REPEATABLE
+        """Its reply is stored with what it changes."""
+        result = hints.pop("return")
+        self.arguments = msgspec.msgpack.Decoder(tuple[tuple(hints.values())])  # type: ignore[misc]
+        self.result = msgspec.msgpack.Decoder(result)
 
 
 def _operations() -> dict[str, Operation]:

@@ -24,7 +24,7 @@ import msgspec
 
 from polefs.meta import protocol
 from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SetAttr, Usage
-from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Welcome
+from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Uses, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,9 @@ class RemoteMeta:
         self._flushing = False
         self._wanted = asyncio.Event()
         self._connected = asyncio.Event()
+        self._uses: set[int] = set()
+        """The inodes that this session has open."""
+        self._tell = False
         self._lease = 0.0
         self._valid_until = 0.0
         """When the service may have ended the session (CLOCK_BOOTTIME, which goes on while the machine sleeps)."""
@@ -161,6 +164,7 @@ class RemoteMeta:
             self._next = 1
         self._hello = msgspec.structs.replace(self._hello, session=welcome.session, secret=welcome.secret)
         self.read_only = welcome.read_only
+        self._tell = welcome.tell
         self._lease = welcome.lease
         self._valid_until = began + welcome.lease
         self._pings.clear()
@@ -168,6 +172,7 @@ class RemoteMeta:
     def _lose(self) -> None:
         """The session is over: fail what was under way."""
         self._outgoing.clear()
+        self._uses.clear()
         pending, self._pending = self._pending, {}
         for each in pending.values():
             if not each.reply.done():
@@ -250,6 +255,8 @@ class RemoteMeta:
 
     async def _send(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         try:
+            if self._tell:
+                await socket.send_bytes(protocol.encode(Uses(list(self._uses))))
             while True:
                 await self._wanted.wait()
                 self._wanted.clear()
@@ -439,6 +446,21 @@ class RemoteMeta:
     async def clone_range(self, source: int, start: int, length: int, target: int, target_start: int) -> Inode:
         found: Inode = await self._call("clone_range", source, start, length, target, target_start)
         return found
+
+    async def open_inode(self, ino: int) -> Inode:
+        new = ino not in self._uses
+        self._uses.add(ino)
+        try:
+            found: Inode = await self._call("open_inode", ino)
+        except BaseException:
+            if new:
+                self._uses.discard(ino)
+            raise
+        return found
+
+    async def close_inodes(self, inos: Sequence[int]) -> None:
+        self._uses.difference_update(inos)
+        await self._call("close_inodes", inos)
 
     async def release_orphans(self, inos: Sequence[int]) -> None:
         await self._call("release_orphans", inos)

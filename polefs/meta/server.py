@@ -11,16 +11,16 @@ import errno
 import hmac
 import logging
 import os
-import secrets
-from collections.abc import Callable
+from contextlib import suppress
 
 import aiohttp
 import msgspec
 from aiohttp import web
 
 from polefs.meta import protocol
-from polefs.meta.api import MetaAPI
-from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Welcome
+from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Uses, Welcome
+from polefs.meta.sessions import REQUEST, ClientSession, Sessions
+from polefs.meta.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -32,15 +32,18 @@ _SESSIONS_MAX = 4096
 _REPLIES_MAX = 4096
 """Replies in one frame."""
 
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+"""Between two attempts to release what an ended session held, seconds."""
+
 _NOTHING = msgspec.Raw(b"\xc0")
 
 
 class Served:
-    """A volume that clients may use: ``meta`` executes what they ask for. An empty token admits everybody to what it
-    stands for; None nobody."""
+    """A volume that clients may use. An empty token admits everybody to what it stands for; None nobody."""
 
-    def __init__(self, meta: MetaAPI, *, token: str | None = "", read_token: str | None = None) -> None:
-        self.meta = meta
+    def __init__(self, store: Store, *, token: str | None = "", read_token: str | None = None) -> None:
+        self.sessions = Sessions(store)
         self._token = token
         self._read_token = read_token
 
@@ -87,53 +90,17 @@ class _Connection:
         await self._socket.close()
 
 
-class _Session:
-    """What one client has under way. ``over`` is called when its lease is over, or it has said goodbye."""
+class _Client:
+    """What the client of one session has under way."""
 
-    def __init__(
-        self, id_: int, meta: MetaAPI, *, read_only: bool, info: str, lease: float, over: Callable[[_Session], None]
-    ) -> None:
-        self.id = id_
-        self.secret = secrets.token_bytes(16)
-        self.read_only = read_only
-        self.info = info
-        self._meta = meta
-        self._lease = lease
-        self._over = over
+    def __init__(self, session: ClientSession, replies: list[tuple[int, bytes]]) -> None:
+        """``replies``: those that the store remembers."""
+        self.session = session
         self.connection: _Connection | None = None
-        self._last = 0
-        """The highest id that has been begun."""
-        self._done = 0
+        self.timer: asyncio.TimerHandle | None = None
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._replies: dict[int, tuple[int, msgspec.Raw]] = {}
+        self._replies: dict[int, tuple[int, msgspec.Raw]] = {id_: (0, msgspec.Raw(reply)) for id_, reply in replies}
         """Those to changes, until the client has confirmed them."""
-        self._timer: asyncio.TimerHandle | None = None
-        self.ended = False
-
-    def attach(self, connection: _Connection) -> _Connection | None:
-        """Replies go there from now on; returns the connection before, if it still is one."""
-        before, self.connection = self.connection, connection
-        self.alive()
-        return before
-
-    def detach(self, connection: _Connection) -> None:
-        if self.connection is connection:
-            self.connection = None
-
-    def alive(self) -> None:
-        """A sign of life: the lease begins anew."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(self._lease, self.end)
-
-    def end(self) -> None:
-        """Operations under way come to their end; there will be no others."""
-        if self.ended:
-            return
-        self.ended = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._over(self)
 
     async def finished(self) -> None:
         """Returns when no operation is under way."""
@@ -142,13 +109,15 @@ class _Session:
 
     def take(self, batch: Requests) -> None:
         """Begin what is new, and answer again what has been answered. ValueError for what no client may send."""
-        if batch.done > self._last or len(batch.requests) > protocol.BATCH_MAX:
-            raise ValueError("a batch confirms what was never asked, or is too long")
-        for id_ in range(self._done + 1, batch.done + 1):
-            self._replies.pop(id_, None)
-        self._done = max(self._done, batch.done)
+        session = self.session
+        if batch.done > session.confirmed:
+            session.confirmed = batch.done
+            for id_ in [id_ for id_ in self._replies if id_ <= batch.done]:
+                del self._replies[id_]
+        if len(batch.requests) > protocol.BATCH_MAX:
+            raise ValueError("too many requests in one frame")
         for id_, name, arguments in batch.requests:
-            if id_ <= self._done or id_ in self._running:
+            if id_ <= session.confirmed or id_ in self._running:
                 continue
             answered = self._replies.get(id_)
             if answered is not None:
@@ -159,16 +128,17 @@ class _Session:
                 raise ValueError(f"there is no operation {name!r}")
             if len(self._running) + len(self._replies) >= protocol.IN_FLIGHT_MAX:
                 raise ValueError("too many requests without a confirmed reply")
-            self._last = max(self._last, id_)
             values = operation.arguments.decode(arguments)
             self._running[id_] = asyncio.get_running_loop().create_task(self._execute(id_, operation, values))
 
     async def _execute(self, id_: int, operation: protocol.Operation, values: tuple[object, ...]) -> None:
         code, result = 0, _NOTHING
+        if operation.once:
+            REQUEST.set(id_)
         try:
-            if self.read_only and not operation.reads:
+            if self.session.row.read_only and not operation.harmless:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-            result = msgspec.Raw(protocol.encode(await getattr(self._meta, operation.name)(*values)))
+            result = msgspec.Raw(protocol.encode(await getattr(self.session.meta, operation.name)(*values)))
         except OSError as error:
             code, result = error.errno or errno.EIO, msgspec.Raw(protocol.encode(error.strerror or str(error)))
         except Exception:
@@ -185,25 +155,85 @@ class _Session:
 
 
 class MetaServer:
-    """The web application, and the sessions of its clients. ``lease``: seconds."""
+    """The web application, and the sessions of its clients. ``lease``: seconds. Call ``start`` before the first
+    request, and ``stop`` when there will be no more: sessions go on when the service comes back."""
 
     def __init__(self, volumes: dict[str, Served], *, lease: float = 30.0) -> None:
         self._volumes = volumes
         self._lease = lease
-        self._sessions: dict[int, _Session] = {}
-        self._next = 1
-        self._closing: set[asyncio.Task[None]] = set()
+        self._clients: dict[tuple[str, int], _Client] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self.application = web.Application()
         self.application.router.add_get("/session", self._serve)
         self.application.router.add_get("/health", self._health)
 
+    async def start(self) -> None:
+        """Sessions from before go on; each has a lease to come back in."""
+        for name, volume in self._volumes.items():
+            for session in await volume.sessions.start():
+                self._clients[name, session.id] = client = _Client(session, await session.replies())
+                self._renew(name, client)
+
+    async def stop(self) -> None:
+        """Returns when nothing is under way. Closes no store."""
+        for client in self._clients.values():
+            if client.timer is not None:
+                client.timer.cancel()
+            if client.connection is not None:
+                await client.connection.close()
+            await client.finished()
+        for task in list(self._ending):
+            task.cancel()
+            await asyncio.wait([task])
+
     async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "sessions": len(self._sessions)})
+        return web.json_response({"status": "ok", "sessions": len(self._clients)})
+
+    # Leases
+
+    def _renew(self, volume: str, client: _Client) -> None:
+        """A sign of life: the lease begins anew."""
+        if client.timer is not None:
+            client.timer.cancel()
+        client.timer = asyncio.get_running_loop().call_later(self._lease, self._expire, volume, client)
+
+    def _expire(self, volume: str, client: _Client) -> None:
+        log.warning("session %d of volume %s has given no sign of life: it is over", client.session.id, volume)
+        self._begin_end(volume, client)
+
+    def _begin_end(self, volume: str, client: _Client) -> asyncio.Task[None]:
+        """Nobody finds it any more, and what it asks for fails; the task takes away what it held."""
+        if client.timer is not None:
+            client.timer.cancel()
+        client.session.ended = True
+        self._clients.pop((volume, client.session.id), None)
+        task = asyncio.get_running_loop().create_task(self._end(volume, client))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
+
+    async def _end(self, volume: str, client: _Client) -> None:
+        if client.connection is not None:
+            await client.connection.close()
+        await client.finished()
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                await self._volumes[volume].sessions.end(client.session)
+            except OSError as error:
+                log.error("what session %d of volume %s held is not yet released: %s", client.session.id, volume, error)
+            else:
+                log.info("session %d of volume %s is over", client.session.id, volume)
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    # Connections
 
     async def _serve(self, request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse(max_msg_size=protocol.FRAME_MAX, compress=False, heartbeat=self._lease / 2)
+        socket = web.WebSocketResponse(max_msg_size=protocol.FRAME_MAX, compress=False)
         await socket.prepare(request)
-        session: _Session | None = None
+        client: _Client | None = None
         connection = _Connection(socket)
         sending = asyncio.get_running_loop().create_task(connection.send_all())
         try:
@@ -211,56 +241,90 @@ class MetaServer:
                 hello = await _next(socket)
             if not isinstance(hello, Hello):
                 raise ValueError("the first frame is no Hello")
-            session = await self._welcome(hello, connection, socket)
-            while session is not None and (message := await _next(socket)) is not None:
-                session.alive()
-                match message:
-                    case Requests():
-                        session.take(message)
-                    case Ping(number):
-                        connection.say(Pong(number))
-                    case Goodbye():
-                        await session.finished()
-                        session.end()
-                        break
-                    case _:
-                        raise ValueError("a second Hello")
+            client = await self._welcome(hello, connection, socket)
+            if client is not None:
+                await self._listen(hello.volume, client, connection, socket)
         except (ValueError, msgspec.MsgspecError) as error:
             log.warning("%s: %s; cutting it off", request.remote, error)
-            await socket.send_bytes(protocol.encode(Refused(errno.EPROTO, f"malformed: {error}")))
+            with suppress(ConnectionError):
+                await socket.send_bytes(protocol.encode(Refused(errno.EPROTO, f"malformed: {error}")))
         except TimeoutError:
             log.warning("%s said nothing; cutting it off", request.remote)
+        except ConnectionError as error:
+            log.info("%s has gone: %s", request.remote, error)
         finally:
             sending.cancel()
             await asyncio.wait([sending])
-            if session is not None:
-                session.detach(connection)
+            if client is not None and client.connection is connection:
+                client.connection = None
             await socket.close()
         return socket
 
-    async def _welcome(self, hello: Hello, connection: _Connection, socket: web.WebSocketResponse) -> _Session | None:
-        refused = self._refusal(hello)
-        if refused is not None:
-            await socket.send_bytes(protocol.encode(refused))
+    async def _listen(
+        self, volume: str, client: _Client, connection: _Connection, socket: web.WebSocketResponse
+    ) -> None:
+        sessions = self._volumes[volume].sessions
+        while (message := await _next(socket)) is not None:
+            if client.session.ended or client.connection is not connection:
+                return
+            self._renew(volume, client)
+            match message:
+                case Requests():
+                    client.take(message)
+                case Ping(number):
+                    connection.say(Pong(number))
+                case Uses(inos):
+                    if not sessions.knows_holding(client.session):
+                        await sessions.tell_holding(client.session, inos)
+                case Goodbye():
+                    await client.finished()
+                    client.connection = None
+                    await self._begin_end(volume, client)
+                    return
+                case Hello():
+                    raise ValueError("a second Hello")
+
+    async def _welcome(self, hello: Hello, connection: _Connection, socket: web.WebSocketResponse) -> _Client | None:
+        """None: it was refused."""
+        admitted = await self._admit(hello)
+        if isinstance(admitted, Refused):
+            await socket.send_bytes(protocol.encode(admitted))
             return None
-        served = self._volumes[hello.volume]
-        session = self._sessions.get(hello.session)
-        resumed = session is not None and hmac.compare_digest(session.secret, hello.secret)
-        if session is None or not resumed:
-            session = self._begin(served, hello)
-        welcome = Welcome(
-            version=min(hello.version, protocol.VERSION),
-            session=session.id,
-            secret=session.secret,
-            resumed=resumed,
-            lease=self._lease,
-            read_only=session.read_only,
+        session, secret = admitted
+        sessions = self._volumes[hello.volume].sessions
+        client = self._clients.setdefault((hello.volume, session.id), _Client(session, []))
+        connection.say(
+            Welcome(
+                version=min(hello.version, protocol.VERSION),
+                session=session.id,
+                secret=secret,
+                resumed=session.id == hello.session,
+                lease=self._lease,
+                read_only=session.row.read_only,
+                tell=not sessions.knows_holding(session),
+            )
         )
-        connection.say(welcome)
-        before = session.attach(connection)
+        before, client.connection = client.connection, connection
+        self._renew(hello.volume, client)
         if before is not None:
             await before.close()
-        return session
+        return client
+
+    async def _admit(self, hello: Hello) -> Refused | tuple[ClientSession, bytes]:
+        """The session that it comes back to, or a new one, and its secret."""
+        refused = self._refusal(hello)
+        if refused is not None:
+            return refused
+        volume = self._volumes[hello.volume]
+        found = volume.sessions.find(hello.session, hello.secret)
+        if found is not None:
+            return found, hello.secret
+        try:
+            session, secret = await volume.sessions.begin(read_only=bool(volume.admits(hello.token)), info=hello.info)
+        except OSError as error:
+            return Refused(errno.EAGAIN, f"the service cannot begin a session: {error.strerror}")
+        log.info("session %d of volume %s begins: %s", session.id, hello.volume, hello.info)
+        return session, secret
 
     def _refusal(self, hello: Hello) -> Refused | None:
         if hello.oldest > protocol.VERSION or hello.version < protocol.OLDEST:
@@ -273,30 +337,9 @@ class MetaServer:
         # The same for a volume that does not exist: who has no token learns nothing.
         if served is None or served.admits(hello.token) is None:
             return Refused(errno.EACCES, f"no access to volume {hello.volume}: check its name and the token")
-        if len(self._sessions) >= _SESSIONS_MAX:
+        if len(self._clients) >= _SESSIONS_MAX and (hello.volume, hello.session) not in self._clients:
             return Refused(errno.EAGAIN, f"there are {_SESSIONS_MAX} sessions already: try again later")
         return None
-
-    def _begin(self, served: Served, hello: Hello) -> _Session:
-        session = _Session(
-            self._next,
-            served.meta,
-            read_only=bool(served.admits(hello.token)),
-            info=hello.info,
-            lease=self._lease,
-            over=self._forget,
-        )
-        self._next += 1
-        self._sessions[session.id] = session
-        log.info("session %d of volume %s begins: %s", session.id, hello.volume, hello.info)
-        return session
-
-    def _forget(self, session: _Session) -> None:
-        log.info("session %d is over", session.id)
-        del self._sessions[session.id]
-        if session.connection is not None:
-            self._closing.add(closing := asyncio.get_running_loop().create_task(session.connection.close()))
-            closing.add_done_callback(self._closing.discard)
 
 
 async def _next(socket: web.WebSocketResponse) -> protocol.FromClient | None:

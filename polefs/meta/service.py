@@ -14,7 +14,8 @@ from msgspec.structs import replace
 
 from polefs.meta import attributes, contents, namespace
 from polefs.meta.errors import error
-from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SetAttr, Usage
+from polefs.meta.holding import Holding
+from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SessionRow, SetAttr, Usage
 from polefs.meta.store.base import Reader, Store, Transaction
 
 _BATCH = 128
@@ -22,19 +23,23 @@ _BATCH = 128
 
 
 class MetaService:
-    """Implements ``api.MetaAPI``. Call ``start`` once before the first request and ``close`` at the end."""
+    """Implements ``api.MetaAPI``. The only user of a volume calls ``start`` before the first request and ``close`` at
+    the end; sessions that share one (``sessions.Sessions``) do neither, and tell what they hold."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, holding: Holding | None = None) -> None:
         self._store = store
+        self._holding = holding
         self._read = store.read
         self._write = store.write
         self._cached_inode = store.cached_inode
         self._cached_entry = store.cached_entry
 
     async def start(self) -> None:
-        """Remove the orphans of sessions that ended without doing so."""
+        """Whoever used the volume before is gone: end their sessions, remove their orphans."""
         if not self._store.read_only:
-            await self._release_all(all_sessions=False)
+            for row in await self._read(_sessions):
+                await self._write(_end_session, row.id)
+            await self._release_all()
 
     # Names
 
@@ -141,6 +146,32 @@ class MetaService:
             while left:
                 left = await self._write(contents.release_orphans, left)
 
+    async def open_inode(self, ino: int) -> Inode:
+        """As in ``MetaAPI``; ESTALE when its last name is gone and the session does not use it: the kernel looks its
+        name up again then."""
+        holding = self._holding
+        if holding is None:
+            return await self.get_inode(ino)
+        new = holding.add(ino)
+        try:
+            inode = await self.get_inode(ino)
+            if inode.nlink == 0 and new:
+                raise error(errno.ESTALE)
+        except BaseException:
+            if new:
+                holding.discard(ino)
+            raise
+        return inode
+
+    async def close_inodes(self, inos: Sequence[int]) -> None:
+        if self._holding is None:
+            return
+        for ino in inos:
+            self._holding.discard(ino)
+        nameless = await self._read(_nameless, inos)
+        if nameless:
+            await self.release_orphans(nameless)
+
     # Garbage
 
     async def dead_segments(self, grace: int, after: int, limit: int) -> list[int]:
@@ -150,6 +181,8 @@ class MetaService:
         await self._write(_forget_segments, ids)
 
     async def lost_segments(self, ids: Sequence[int]) -> list[int]:
+        if self._holding is not None:
+            raise error(errno.EOPNOTSUPP)  # what the other sessions have reserved is theirs to know
         return await self._read(contents.lost_segments, ids)
 
     async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:
@@ -171,20 +204,32 @@ class MetaService:
         await self._store.sync()
 
     async def close(self) -> None:
-        """Ends the store's session too and closes it."""
-        if not self._store.read_only:
-            await self._release_all(all_sessions=True)
+        """Closes the store too."""
+        if not self._store.read_only and self._holding is None:
+            await self._release_all()
         await self._store.close()
 
-    async def _release_all(self, *, all_sessions: bool) -> None:
-        after = 0
-        while inos := await self._read(_orphans, after, all_sessions):
-            await self.release_orphans(inos)
-            after = inos[-1]
+    async def _release_all(self) -> None:
+        after = (0, -1)
+        while orphans := await self._read(_orphans, after):
+            await self.release_orphans([ino for ino, _ in orphans])
+            after = orphans[-1]
 
 
-async def _orphans(tx: Reader, after: int, all_sessions: bool) -> list[int]:
-    return await tx.orphans(after, _BATCH, all_sessions=all_sessions)
+async def _orphans(tx: Reader, after: tuple[int, int]) -> list[tuple[int, int]]:
+    return await tx.orphans(after, _BATCH)
+
+
+async def _sessions(tx: Reader) -> list[SessionRow]:
+    return await tx.sessions()
+
+
+async def _end_session(tx: Transaction, session: int) -> None:
+    await tx.delete_session(session)
+
+
+async def _nameless(tx: Reader, inos: Sequence[int]) -> list[int]:
+    return [ino for ino in inos if (inode := await tx.inode(ino)) is not None and inode.nlink == 0]
 
 
 async def _usage(tx: Reader) -> Usage:

@@ -273,7 +273,7 @@ class PostgresMeta(Meta):
 
 async def change_and_fail(tx: Any) -> None:
     """A body with a bug: what it has changed is taken back."""
-    await tx.add_orphan(4711)
+    await tx.add_orphan(4711, 0)
     raise ValueError("bug")
 
 

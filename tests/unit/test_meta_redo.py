@@ -284,7 +284,7 @@ def test_reading_only_takes_the_log_over_but_begins_no_session(meta: Meta, tmp_p
     store = SqliteStore.open(str(folder / "meta.db"), read_only=True)
     assert list(check(store)) == []
     assert list(store.rows("SELECT name FROM dentry")) == [(b"1",)]
-    assert next(store.rows("SELECT epoch FROM session")) == (meta.store._epoch,)
+    assert next(store.rows("SELECT epoch FROM volume")) == (meta.store._epoch,)
     store.shutdown()
 
 

@@ -20,6 +20,7 @@ from polefs.meta.model import INLINE_MAX, ROOT_INO, Caller, DataCommit, Extent, 
 from polefs.meta.remote import RemoteMeta
 from polefs.meta.server import MetaServer, Served
 from polefs.meta.service import MetaService
+from polefs.meta.store.base import Reader
 from polefs.meta.store.sqlite import SqliteStore
 
 ROOT = Caller(0, 0)
@@ -31,8 +32,8 @@ class Relay:
     """Stands between clients and the service, and cuts their connections: at once, or after so many more bytes that
     the service has sent."""
 
-    def __init__(self, target: int) -> None:
-        self._target = target
+    def __init__(self) -> None:
+        self.target = 0
         self._writers: set[asyncio.StreamWriter] = set()
         self.let_in = asyncio.Event()
         self.let_in.set()
@@ -61,7 +62,11 @@ class Relay:
         if not self.let_in.is_set():
             writer.transport.abort()
             return
-        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        try:
+            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        except ConnectionError:
+            writer.transport.abort()
+            return
         self._writers |= {writer, to_writer}
         try:
             await asyncio.gather(self._pass(reader, to_writer, False), self._pass(to_reader, writer, True))
@@ -88,11 +93,36 @@ class Relay:
 class Place:
     """A service with one volume, and the relay before it."""
 
-    def __init__(self, meta: MetaService, server: MetaServer, direct: int, relay: Relay) -> None:
-        self.meta = meta
-        self.server = server
-        self.direct = direct
-        self.relay = relay
+    def __init__(self, path: Path, lease: float, tokens: dict[str, str | None]) -> None:
+        self._path = path
+        self._lease = lease
+        self._tokens = tokens
+        self.relay = Relay()
+
+    async def start(self) -> None:
+        database = str(self._path / "meta.db")
+        try:
+            self.store = SqliteStore.create(database, name="files")
+        except FileExistsError:
+            self.store = SqliteStore.open(database)
+        self._server = MetaServer({"files": Served(self.store, **self._tokens)}, lease=self._lease)
+        await self._server.start()
+        self._runner = web.AppRunner(self._server.application, shutdown_timeout=0.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.direct = self._runner.addresses[0][1]
+        self.relay.target = self.direct
+        self.meta = MetaService(self.store)
+
+    async def stop(self) -> None:
+        self.relay.cut()
+        await self._runner.cleanup()
+        await self._server.stop()
+        await self.store.close()
+
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
 
     @property
     def url(self) -> str:
@@ -103,28 +133,20 @@ class Place:
 
 
 @asynccontextmanager
-async def serving(path: Path, lease: float = LONG, **tokens: str | None) -> AsyncIterator[Place]:
-    meta = MetaService(SqliteStore.create(str(path / "meta.db"), name="files"))
-    await meta.start()
-    server = MetaServer({"files": Served(meta, **tokens)}, lease=lease)
-    runner = web.AppRunner(server.application, shutdown_timeout=0.0)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    relay = Relay(port)
-    await relay.start()
+async def serving(path: Path, lease: float, tokens: dict[str, str | None]) -> AsyncIterator[Place]:
+    place = Place(path, lease, tokens)
+    await place.relay.start()
+    await place.start()
     try:
-        yield Place(meta, server, port, relay)
+        yield place
     finally:
-        await relay.close()
-        await runner.cleanup()
-        await meta.close()
+        await place.stop()
+        await place.relay.close()
 
 
 def run(path: Path, work: Callable[[Place], Awaitable[None]], lease: float = LONG, **tokens: str | None) -> None:
     async def whole() -> None:
-        async with asyncio.timeout(120), serving(path, lease, **tokens) as place:
+        async with asyncio.timeout(120), serving(path, lease, tokens) as place:
             await work(place)
 
     asyncio.run(whole())
@@ -237,6 +259,103 @@ def test_cuts_neither_lose_nor_repeat(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_restarts_neither_lose_nor_repeat(tmp_path: Path) -> None:
+    """The service stops with replies on their way, and the next one answers from what the store remembers."""
+
+    async def work(place: Place) -> None:
+        meta = await place.connect()
+        made: list[bytes] = []
+
+        async def client(number: int) -> None:
+            for turn in range(12):
+                name = b"%d-%d" % (number, turn)
+                inode = await meta.make_node(ROOT, ROOT_INO, name, FILE, 0)
+                await meta.rename(ROOT, ROOT_INO, name, ROOT_INO, b"r" + name)
+                if turn % 2:
+                    assert (await meta.unlink(ROOT_INO, b"r" + name)).ino == inode.ino
+                else:
+                    made.append(b"r" + name)
+
+        whole = asyncio.gather(*(client(number) for number in range(6)))
+        restarts = 0
+        while not whole.done():
+            spent = asyncio.create_task(place.relay.cut_after(700 + 611 * restarts % 4000).wait())
+            await asyncio.wait([whole, spent], return_when=asyncio.FIRST_COMPLETED)
+            spent.cancel()
+            restarts += 1
+            await place.restart()
+        await whole
+        assert restarts > 3
+        assert sorted(await names(place.meta)) == sorted(made)
+        await meta.usage()
+        await meta.close()
+        assert await place.store.read(_sessions_and_replies) == (0, 0)
+
+    run(tmp_path, work)
+
+
+async def _sessions_and_replies(tx: Reader) -> tuple[int, int]:
+    return len(await tx.sessions()), sum([len(await tx.replies(session)) for session in range(1, 40)])
+
+
+async def inode_exists(place: Place, ino: int) -> bool:
+    try:
+        return (await place.meta.get_inode(ino)).ino == ino
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_open_file_lives_until_the_last_session_closes_it(tmp_path: Path, restart: bool) -> None:
+    async def work(place: Place) -> None:
+        one, two, three = [await place.connect(info=str(n)) for n in range(3)]
+        ino = (await one.make_node(ROOT, ROOT_INO, b"f", FILE, 0)).ino
+        other = (await one.make_node(ROOT, ROOT_INO, b"g", FILE, 0)).ino
+        for session in (two, three):
+            assert (await session.open_inode(ino)).nlink == 1
+        if restart:
+            await place.restart()
+        assert (await one.unlink(ROOT_INO, b"f")).nlink == 0
+        assert (await one.unlink(ROOT_INO, b"g")).nlink == 0
+        if restart:
+            await place.restart()
+        await one.release_orphans([ino, other])
+        assert await refused(one.open_inode(ino)) == errno.ESTALE
+        assert (await two.open_inode(ino)).nlink == 0
+        await two.close_inodes([ino])
+        assert await inode_exists(place, ino)
+        await three.close_inodes([ino])
+        assert not await inode_exists(place, ino)
+        for session in (one, two, three):  # the last of them has told what it uses
+            await session.get_inode(ROOT_INO)
+        await place.meta.sync()
+        assert not await inode_exists(place, other)
+        for session in (one, two, three):
+            await session.close()
+        assert (await place.meta.usage()).inodes == 1
+
+    run(tmp_path, work)
+
+
+def test_the_end_of_a_session_releases_what_it_used(tmp_path: Path) -> None:
+    async def work(place: Place) -> None:
+        one, two = await place.connect(), await place.connect()
+        inos = [(await one.make_node(ROOT, ROOT_INO, b"%d" % n, FILE, 0)).ino for n in range(300)]
+        for ino in inos:
+            await two.open_inode(ino)
+        for number in range(300):
+            await one.unlink(ROOT_INO, b"%d" % number)
+        await one.release_orphans(inos)
+        assert (await place.meta.usage()).inodes == 301
+        unnamed = await two.make_unnamed(ROOT, ROOT_INO, 0o600, 0)
+        await two.close()
+        assert (await place.meta.usage()).inodes == 1
+        assert not await inode_exists(place, unnamed.ino)
+        await one.close()
+
+    run(tmp_path, work)
+
+
 def test_a_session_that_is_over(tmp_path: Path) -> None:
     """Whoever was away for longer than the lease cannot know what became of what was under way."""
     lost: list[bool] = []
@@ -332,7 +451,6 @@ def requests(*requests: tuple[int, str, object], done: int = 0) -> bytes:
         [protocol.encode(HELLO), requests((1, "lookup", (1,)))],
         [protocol.encode(HELLO), requests((1, "lookup", ("x", b"x")))],
         [protocol.encode(HELLO), requests((1, "lookup", (1, b"x", 2)))],
-        [protocol.encode(HELLO), requests((1, "usage", ()), done=9)],
         [protocol.encode(HELLO), requests(*((n, "usage", ()) for n in range(1, protocol.BATCH_MAX + 2)))],
         [protocol.encode(HELLO), b"\x93" * 10_000],
         [protocol.encode(HELLO), bytes(protocol.FRAME_MAX + 1)],

@@ -114,7 +114,7 @@ def test_a_cancelled_caller_disturbs_nobody(meta: Meta) -> None:
 
 
 async def _fail_late(tx: SqliteTransaction, error: Exception) -> None:
-    await tx.add_orphan(4711)
+    await tx.add_orphan(4711, 0)
     raise error
 
 

@@ -13,9 +13,9 @@ functions; all others are coroutines, so that a store across a network fits. On 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from polefs.meta.model import Dentry, Extent, Inode, Segment, Usage
+from polefs.meta.model import Dentry, Extent, Inode, Segment, SessionRow, Usage
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -25,8 +25,26 @@ class FormatError(Exception):
     """The database is no polefs volume, or one of a format that this version does not know."""
 
 
+class Session:
+    """On whose behalf a body runs. ``holders`` tells which sessions use an inode that is losing its last name: they
+    keep it as an orphan."""
+
+    __slots__ = ("holders", "id")
+
+    def __init__(self, id_: int, holders: Callable[[int], Iterable[int]]) -> None:
+        self.id = id_
+        self.holders = holders
+
+
+SOLE: Final = Session(0, lambda ino: (0,))
+"""The process that has the store open works for itself; nobody else does."""
+
+
 class Reader(Protocol):
     """The rows as a body sees them. An inode that is returned is shared: replace it, never change it."""
+
+    session: Session
+    """``SOLE``, unless the body itself sets another before its first row; to be set back before it ends."""
 
     def prefetch(
         self,
@@ -98,8 +116,20 @@ class Reader(Protocol):
         (ns)."""
         ...
 
-    async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
-        """Inode numbers greater than ``after`` of orphans, ascending: of other sessions, or of every session."""
+    async def orphans(self, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
+        """``(ino, session)`` of orphans, greater than ``after``, ascending."""
+        ...
+
+    async def orphan_sessions(self, ino: int) -> list[int]:
+        """The sessions that hold an inode without a name."""
+        ...
+
+    async def sessions(self) -> list[SessionRow]:
+        """Those that have been put and not deleted, by id."""
+        ...
+
+    async def replies(self, session: int) -> list[tuple[int, bytes]]:
+        """Those of a session that have been put and not deleted, by id."""
         ...
 
     def usage(self) -> Usage:
@@ -177,17 +207,36 @@ class Transaction(Reader, Protocol):
         """Delete the rows of segments and of their queued deletions."""
         ...
 
-    async def add_orphan(self, ino: int) -> None:
-        """Note an inode without a name that this session holds open."""
+    async def add_orphan(self, ino: int, session: int) -> None:
+        """Note an inode without a name that a session uses."""
         ...
 
-    async def delete_orphan(self, ino: int) -> None: ...
+    async def delete_orphan(self, ino: int, session: int | None) -> None:
+        """None: whichever sessions it is noted for."""
+        ...
+
+    async def allocate_session(self) -> int:
+        """A number that no session had before, greater than 0."""
+        ...
+
+    async def put_session(self, row: SessionRow) -> None: ...
+
+    async def delete_session(self, session: int) -> None:
+        """With its replies."""
+        ...
+
+    async def put_reply(self, session: int, id_: int, reply: bytes) -> None: ...
+
+    async def delete_replies(self, session: int, last: int) -> None:
+        """Those with ids up to ``last``."""
+        ...
 
     def add_usage(self, bytes_: int, inodes: int) -> None: ...
 
 
 class Store(Protocol):
-    """A database of one volume, opened by one session. Failures of the database are ``OSError``: ENOSPC, EIO, EROFS."""
+    """A database of one volume, open for writing in one process at a time. Failures of the database are ``OSError``:
+    ENOSPC, EIO, EROFS."""
 
     @property
     def read_only(self) -> bool: ...
@@ -220,5 +269,5 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None:
-        """End the session and free everything. Nothing may be called afterwards."""
+        """Free everything. Nothing may be called afterwards."""
         ...

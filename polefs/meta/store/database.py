@@ -48,7 +48,7 @@ def make(path: str, *, name: str, identity: uuid.UUID, bytes_limit: int, inodes_
         for statement in schema.TABLES:
             execute(statement)
         execute(
-            "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, ?, 1, ?, 0)",
+            "INSERT INTO volume VALUES (1, ?, ?, ?, 'local', ?, ?, ?, ?, 1, 1, 0, ?, 0)",
             (name, identity.bytes, now, bytes_limit, inodes_limit, ROOT_INO + 1, FIRST_COOKIE, new_generation()),
         )
         root = Inode(

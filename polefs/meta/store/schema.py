@@ -32,9 +32,11 @@ TABLES: Final = (
         name TEXT NOT NULL, uuid BLOB NOT NULL, created INTEGER NOT NULL, durability TEXT NOT NULL,
         bytes_limit INTEGER NOT NULL, inodes_limit INTEGER NOT NULL,
         next_ino INTEGER NOT NULL, next_cookie INTEGER NOT NULL, next_segment INTEGER NOT NULL,
-        redo INTEGER NOT NULL, writer INTEGER NOT NULL)""",
+        next_session INTEGER NOT NULL, epoch INTEGER NOT NULL, redo INTEGER NOT NULL, writer INTEGER NOT NULL)""",
     """CREATE TABLE session(
-        id INTEGER PRIMARY KEY, epoch INTEGER NOT NULL, expires INTEGER NOT NULL, info BLOB NOT NULL)""",
+        id INTEGER PRIMARY KEY, secret BLOB NOT NULL, read_only INTEGER NOT NULL, info TEXT NOT NULL)""",
+    """CREATE TABLE reply(
+        session INTEGER NOT NULL, id INTEGER NOT NULL, reply BLOB NOT NULL, PRIMARY KEY (session, id)) WITHOUT ROWID""",
     """CREATE TABLE inode(
         ino INTEGER PRIMARY KEY, mode INTEGER NOT NULL, uid INTEGER NOT NULL, gid INTEGER NOT NULL,
         nlink INTEGER NOT NULL, size INTEGER NOT NULL, allocated INTEGER NOT NULL, atime INTEGER NOT NULL,
@@ -56,7 +58,8 @@ TABLES: Final = (
     "CREATE TABLE symlink(ino INTEGER PRIMARY KEY, target BLOB NOT NULL)",
     """CREATE TABLE xattr(
         ino INTEGER NOT NULL, name BLOB NOT NULL, value BLOB NOT NULL, PRIMARY KEY (ino, name)) WITHOUT ROWID""",
-    "CREATE TABLE orphan(ino INTEGER PRIMARY KEY, session INTEGER NOT NULL)",
+    """CREATE TABLE orphan(
+        ino INTEGER NOT NULL, session INTEGER NOT NULL, PRIMARY KEY (ino, session)) WITHOUT ROWID""",
     # exact: 1 after a clean end; 0 while a session runs, which counts in memory
     """CREATE TABLE usage(
         id INTEGER PRIMARY KEY CHECK (id = 1), bytes INTEGER NOT NULL, inodes INTEGER NOT NULL,

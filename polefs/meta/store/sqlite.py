@@ -74,7 +74,6 @@ class SqliteStore:
         self._usage = Usage(usage_bytes, inodes, row[4], row[5])
         self._saved_usage = (usage_bytes, inodes)
         """What is in use after the last turn that was acknowledged."""
-        self.session = 0
         self._epoch = 0
         self._fenced = False
         self._snapshot: sqlite3.Cursor | None = None
@@ -86,7 +85,7 @@ class SqliteStore:
         self._inodes = caches.inodes
         self._inlined = caches.inlined
         self._names = caches.names
-        self._tx = SqliteTransaction(connection, caches, self._usage, self.session)
+        self._tx = SqliteTransaction(connection, caches, self._usage)
         self._open = False
         """A transaction has begun."""
         self._turn = False
@@ -122,9 +121,9 @@ class SqliteStore:
     def open(
         cls, path: str, read_only: bool = False, *, cache: tuple[int, int, int] = (65536, 8192, 65536)
     ) -> SqliteStore:
-        """Open a volume and begin a session, which ends every older one. ``cache``: how many inodes, inodes with inline
-        contents and names are kept in memory. FormatError when it is no volume or of another format,
-        FileNotFoundError, EACCES when its directory is not writable (``read_only`` then needs a volume that was
+        """Open a volume; whoever has had it open for writing can change nothing from then on. ``cache``: how many
+        inodes, inodes with inline contents and names are kept in memory. FormatError when it is no volume or of another
+        format, FileNotFoundError, EACCES when its directory is not writable (``read_only`` then needs a volume that was
         closed cleanly), EBUSY when another process is writing to it, EIO."""
         path = os.path.abspath(path)
         connection = database.open_connection(path, read_only=read_only)
@@ -139,16 +138,12 @@ class SqliteStore:
     def _begin_session(self) -> None:
         execute = self._execute
         execute("BEGIN IMMEDIATE")
-        last, epoch = execute("SELECT coalesce(max(id), 0), coalesce(max(epoch), 0) FROM session").fetchone()
-        self.session = last + 1
-        self._epoch = epoch + 1
-        execute("DELETE FROM session")
-        execute("INSERT INTO session(id, epoch, expires, info) VALUES (?, ?, 0, ?)", (self.session, self._epoch, b""))
+        self._epoch = execute("SELECT epoch FROM volume").fetchone()[0] + 1
         execute("UPDATE usage SET exact = 0")
         # Of its own generation, even when the log holds nothing: after a loss of power there may be records in it
         # beyond one that is not whole.
         generation = database.new_generation()
-        execute("UPDATE volume SET redo = ?", (generation,))
+        execute("UPDATE volume SET epoch = ?, redo = ?", (self._epoch, generation))
         execute("COMMIT")
         self._redo = Redo(self.path + database.REDO)
         try:
@@ -290,7 +285,7 @@ class SqliteStore:
         do not each take and give back the read lock, and one that begins after another connection has written fails
         with BUSY_SNAPSHOT. While it lasts the log is copied back only as far as it went at its beginning."""
         self._let_go()
-        self._snapshot = self._execute("SELECT max(epoch) FROM session UNION ALL SELECT max(epoch) FROM session")
+        self._snapshot = self._execute("SELECT epoch FROM volume UNION ALL SELECT epoch FROM volume")
         if self._snapshot.fetchone()[0] != self._epoch and not self._fenced:
             self._fenced = True
             log.critical("%s has been taken over by another session", self.path)

@@ -14,11 +14,14 @@ from typing import Any
 import msgspec
 from lru import LRU
 
-from polefs.meta.model import FILE_SIZE_MAX, Dentry, Extent, Inode, Segment, Usage
+from polefs.meta.model import FILE_SIZE_MAX, Dentry, Extent, Inode, Segment, SessionRow, Usage
 from polefs.meta.store import schema
+from polefs.meta.store.base import SOLE
 from polefs.meta.store.redo import Batch, Statement
 
-_RESERVE = {"next_ino": 4096, "next_cookie": 4096, "next_segment": 1024}
+_RESERVE = {"next_ino": 4096, "next_cookie": 4096, "next_segment": 1024, "next_session": 16}
+_COUNTERS = ", ".join(_RESERVE)
+_SET_COUNTERS = ", ".join(f"{column} = ?" for column in _RESERVE)
 """How many numbers one write of a counter sets aside; a crash skips what is left of them."""
 
 
@@ -50,7 +53,7 @@ def apply(cursor: sqlite3.Cursor, batch: Batch) -> None:
 class SqliteTransaction:
     """Implements ``base.Transaction``; one object serves all transactions of a connection, one after the other."""
 
-    def __init__(self, connection: sqlite3.Connection, caches: Caches, usage: Usage, session: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, caches: Caches, usage: Usage) -> None:
         cursor = self._cursor = connection.cursor()
         self._run = cursor.execute
         self._run_many = cursor.executemany
@@ -64,7 +67,7 @@ class SqliteTransaction:
         self._changed: dict[int, Inode] = {}
         """What this turn has changed: the redo log's next batch."""
         self._usage = usage
-        self._session = session
+        self.session = SOLE
         self._next: dict[str, int] = {}
         self._reserved: dict[str, int] = {}
         self.changes = 0
@@ -77,17 +80,14 @@ class SqliteTransaction:
 
     def load_counters(self) -> None:
         """Read the counters again. Numbers already handed out stay so, those that were not committed too."""
-        row = self._run("SELECT next_ino, next_cookie, next_segment FROM volume").fetchone()
-        for column, value in zip(("next_ino", "next_cookie", "next_segment"), row, strict=True):
+        row = self._run(f"SELECT {_COUNTERS} FROM volume").fetchone()
+        for column, value in zip(_RESERVE, row, strict=True):
             self._reserved[column] = value
             self._next[column] = max(self._next.get(column, 0), value)
 
     def store_counters(self) -> None:
         """Write the counters as they are, giving back what was set aside."""
-        self._run(
-            "UPDATE volume SET next_ino = ?, next_cookie = ?, next_segment = ?",
-            (self._next["next_ino"], self._next["next_cookie"], self._next["next_segment"]),
-        )
+        self._run(f"UPDATE volume SET {_SET_COUNTERS}", [self._next[column] for column in _RESERVE])
 
     def write_inodes(self) -> None:
         """Bring the collected inode rows into the database."""
@@ -300,20 +300,57 @@ class SqliteTransaction:
         value: bytes = row[0]
         return value
 
-    async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
-        passed_over = 0 if all_sessions else self._session
-        rows = self._run(
-            "SELECT ino FROM orphan WHERE ino > ? AND session <> ? ORDER BY ino LIMIT ?", (after, passed_over, limit)
+    # Orphans and sessions
+
+    async def orphans(self, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
+        return self._run(
+            "SELECT ino, session FROM orphan WHERE (ino, session) > (?, ?) ORDER BY ino, session LIMIT ?",
+            (*after, limit),
         ).fetchall()
-        return [row[0] for row in rows]
 
-    async def add_orphan(self, ino: int) -> None:
-        self.changes += 1
-        self._change("REPLACE INTO orphan(ino, session) VALUES (?, ?)", (ino, self._session))
+    async def orphan_sessions(self, ino: int) -> list[int]:
+        return [row[0] for row in self._run("SELECT session FROM orphan WHERE ino = ?", (ino,)).fetchall()]
 
-    async def delete_orphan(self, ino: int) -> None:
+    async def add_orphan(self, ino: int, session: int) -> None:
         self.changes += 1
-        self._change("DELETE FROM orphan WHERE ino = ?", (ino,))
+        self._change("REPLACE INTO orphan(ino, session) VALUES (?, ?)", (ino, session))
+
+    async def delete_orphan(self, ino: int, session: int | None) -> None:
+        self.changes += 1
+        if session is None:
+            self._change("DELETE FROM orphan WHERE ino = ?", (ino,))
+        else:
+            self._change("DELETE FROM orphan WHERE ino = ? AND session = ?", (ino, session))
+
+    async def sessions(self) -> list[SessionRow]:
+        rows = self._run("SELECT id, secret, read_only, info FROM session ORDER BY id").fetchall()
+        return [SessionRow(row[0], row[1], bool(row[2]), row[3]) for row in rows]
+
+    async def allocate_session(self) -> int:
+        return self._take("next_session", 1)
+
+    async def put_session(self, row: SessionRow) -> None:
+        self.changes += 1
+        self._change(
+            "REPLACE INTO session(id, secret, read_only, info) VALUES (?, ?, ?, ?)",
+            (row.id, row.secret, int(row.read_only), row.info),
+        )
+
+    async def delete_session(self, session: int) -> None:
+        self.changes += 1
+        self._change("DELETE FROM session WHERE id = ?", (session,))
+        self._change("DELETE FROM reply WHERE session = ?", (session,))
+
+    async def replies(self, session: int) -> list[tuple[int, bytes]]:
+        return self._run("SELECT id, reply FROM reply WHERE session = ? ORDER BY id", (session,)).fetchall()
+
+    async def put_reply(self, session: int, id_: int, reply: bytes) -> None:
+        self.changes += 1
+        self._change("REPLACE INTO reply(session, id, reply) VALUES (?, ?, ?)", (session, id_, reply))
+
+    async def delete_replies(self, session: int, last: int) -> None:
+        self.changes += 1
+        self._change("DELETE FROM reply WHERE session = ? AND id <= ?", (session, last))
 
     # Contents
 
