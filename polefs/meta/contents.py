@@ -311,7 +311,8 @@ async def release_orphans(tx: Transaction, inos: Sequence[int]) -> list[int]:
     live: Counter[int] = Counter()
     left: list[int] = []
     tx.prefetch(inodes=inos)
-    tx.prefetch(heads=[(ino, _CHUNK) for ino in inos if _has_extents(await tx.inode(ino))])
+    heads = [(ino, _CHUNK) for ino in inos if _has_extents(await tx.inode(ino))]
+    tx.prefetch(heads=heads, holders=inos if tx.session.id else ())
     for position, ino in enumerate(inos):
         inode = await tx.inode(ino)
         if inode is None or inode.nlink or await _held_by_others(tx, ino):

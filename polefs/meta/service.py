@@ -229,6 +229,7 @@ async def _end_session(tx: Transaction, session: int) -> None:
 
 
 async def _nameless(tx: Reader, inos: Sequence[int]) -> list[int]:
+    tx.prefetch(inodes=inos)
     return [ino for ino in inos if (inode := await tx.inode(ino)) is not None and inode.nlink == 0]
 
 

@@ -263,10 +263,10 @@ class PostgresMeta(Meta):
             marks = ", ".join("?" * len(table.columns))
             to.executemany(f"INSERT INTO {table.name}({columns}) VALUES ({marks})", [tuple(row) for row in rows])
         row = await connection.fetchrow(
-            "SELECT next_ino, next_cookie, next_segment, bytes, inodes FROM volume WHERE id = $1", volume
+            "SELECT next_ino, next_cookie, next_segment, next_session, bytes, inodes FROM volume WHERE id = $1", volume
         )
-        to.execute("UPDATE volume SET next_ino = ?, next_cookie = ?, next_segment = ?", row[:3])
-        to.execute("UPDATE usage SET bytes = ?, inodes = ?, exact = 1", row[3:])
+        to.execute("UPDATE volume SET next_ino = ?, next_cookie = ?, next_segment = ?, next_session = ?", row[:4])
+        to.execute("UPDATE usage SET bytes = ?, inodes = ?, exact = 1", row[4:])
         to.commit()
         await connection.close()
 

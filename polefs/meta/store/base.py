@@ -57,6 +57,7 @@ class Reader(Protocol):
         extents: Iterable[tuple[int, int, int]] = (),
         cuts: Iterable[tuple[int, int, int]] = (),
         heads: Iterable[tuple[int, int]] = (),
+        holders: Iterable[int] = (),
         segments: Iterable[int] = (),
         lives: Iterable[int] = (),
     ) -> None:
@@ -64,7 +65,8 @@ class Reader(Protocol):
         depends on it. ``names``: dentries and the inodes behind them; ``ancestors``: directories and all above each;
         ``xattrs``: the value of that name, and the names of all; ``extents``: ranges ``(ino, start, end)``; ``cuts``:
         ranges of which extents will be deleted or shared, so with live bytes; ``heads``: ``(ino, count)``, the first
-        extents and the boundary after them, with live bytes; ``segments`` and ``lives``: ids."""
+        extents and the boundary after them, with live bytes; ``holders``: the sessions of orphans; ``segments`` and
+        ``lives``: ids."""
         ...
 
     async def inode(self, ino: int) -> Inode | None: ...

@@ -124,8 +124,8 @@ async def create_volume(
         async with connection.transaction(isolation="serializable"):
             await connection.execute(
                 "INSERT INTO volume(id, name, uuid, created, durability, bytes_limit, inodes_limit, bytes, inodes,"
-                " next_ino, next_cookie, next_segment, writer, epoch, batch, holder, lease)"
-                " VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 1, $8, $9, 1, 0, 0, 0, $10, 0)",
+                " next_ino, next_cookie, next_segment, next_session, writer, epoch, batch, holder, lease)"
+                " VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 1, $8, $9, 1, 1, 0, 0, 0, $10, 0)",
                 row.id,
                 name.encode(),
                 row.uuid.bytes,

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from lru import LRU
 
-from polefs.meta.model import Extent, Inode, Segment
+from polefs.meta.model import Extent, Inode, Segment, SessionRow
 from polefs.meta.store.turn import Commit
 
 Name: TypeAlias = tuple[int, int, int]
@@ -66,7 +66,14 @@ class Layer:
         """New ones, and deleted ones."""
         self.lives: dict[int, int | None] = {}
         """Live bytes; None: the segment is deleted."""
-        self.orphans: dict[int, int | None] = {}
+        self.orphans: dict[int, dict[int, bool]] = {}
+        """By inode and session; False: deleted."""
+        self.unheld: set[int] = set()
+        """Inodes that have lost all holders, before those in ``orphans``."""
+        self.sessions: dict[int, SessionRow | None] = {}
+        self.replies: dict[int, dict[int, bytes]] = {}
+        self.confirmed: dict[int, int] = {}
+        """By session: its replies up to this id are deleted."""
         self.deletions: dict[int, int | None] = {}
 
     def add(self, newer: Layer) -> None:
@@ -81,8 +88,22 @@ class Layer:
         _add_nested(self.extents, newer.extents)
         self.segments.update(newer.segments)
         self.lives.update(newer.lives)
-        self.orphans.update(newer.orphans)
+        for ino in newer.unheld:
+            self.unheld.add(ino)
+            self.orphans.pop(ino, None)
+        _add_nested(self.orphans, newer.orphans)
+        self.sessions.update(newer.sessions)
+        for session, last in newer.confirmed.items():
+            self.forget_replies(session, last)
+        _add_nested(self.replies, newer.replies)
         self.deletions.update(newer.deletions)
+
+    def forget_replies(self, session: int, last: int) -> None:
+        """Delete those with ids up to ``last``."""
+        self.confirmed[session] = max(last, self.confirmed.get(session, 0))
+        replies = self.replies.get(session)
+        if replies:
+            self.replies[session] = {id_: reply for id_, reply in replies.items() if id_ > last}
 
 
 def _add_nested(to: dict[Any, dict[Any, Any]], newer: dict[Any, dict[Any, Any]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, Dentry, Extent, Inode, Segment
+from polefs.meta.model import FILE_SIZE_MAX, ROOT_INO, Dentry, Extent, Inode, Segment, SessionRow
 from polefs.meta.store.postgres.connection import Connections
 from polefs.meta.store.postgres.layers import ABSENT, ACL_MAX, Answers, Want
 from polefs.meta.store.postgres.tables import INODE
@@ -47,7 +47,12 @@ class Kind(IntEnum):
     FIRST = auto()
     """parent, limit: names in no order"""
     ORPHANS = auto()
-    """after, passed over session, limit"""
+    """after ino, after session, limit"""
+    HOLDERS = auto()
+    """ino: the sessions that hold it"""
+    SESSIONS = auto()
+    REPLIES = auto()
+    """session"""
     DEAD = auto()
     """before, after, limit"""
     SEGMENT_USAGE = auto()
@@ -139,7 +144,15 @@ _LIST_PLUS: Final = (
     " LEFT JOIN inode AS i ON i.volume = d.volume AND i.ino = d.ino"
 )
 _FIRST: Final = "SELECT name FROM dentry WHERE volume = $1 AND parent + 0 = $2 LIMIT $3"
-_ORPHANS: Final = "SELECT ino FROM orphan WHERE volume = $1 AND ino > $2 AND session <> $3 ORDER BY ino LIMIT $4"
+_ORPHANS: Final = (
+    "SELECT ino, session FROM orphan WHERE volume = $1 AND (ino, session) > ($2, $3) ORDER BY ino, session LIMIT $4"
+)
+_HOLDERS: Final = (
+    "SELECT o.ino, o.session FROM unnest($1::INT8[], $2::INT8[]) AS k(volume, ino)"
+    " JOIN orphan AS o ON o.volume = k.volume AND o.ino = k.ino"
+)
+_SESSIONS: Final = "SELECT id, secret, read_only, info FROM session WHERE volume = $1"
+_REPLIES: Final = "SELECT id, reply FROM reply WHERE volume = $1 AND session = $2"
 _DEAD: Final = (
     "SELECT segment FROM deletion WHERE volume = $1 AND since <= $2 AND segment > $3 ORDER BY segment LIMIT $4"
 )
@@ -162,6 +175,9 @@ QUERIES: Final = (
     _LIST_PLUS,
     _FIRST,
     _ORPHANS,
+    _HOLDERS,
+    _SESSIONS,
+    _REPLIES,
     _DEAD,
     _SEGMENT_USAGE,
     _SEGMENT_EXTENTS,
@@ -305,7 +321,26 @@ async def _first(want: Want, answers: Answers, fetch: Fetch) -> None:
 
 
 async def _orphans(want: Want, answers: Answers, fetch: Fetch) -> None:
-    await _column(_ORPHANS, Kind.ORPHANS, want, answers, fetch)
+    answers.other[Kind.ORPHANS, *want] = [tuple(row) for row in await fetch.one(_ORPHANS, *want)]
+
+
+async def _holders(wants: list[Want], answers: Answers, fetch: Fetch) -> None:
+    inos = [ino for (ino,) in wants]
+    found: dict[int, list[int]] = {ino: [] for ino in inos}
+    for ino, session in await fetch.many(_HOLDERS, inos):
+        found[ino].append(session)
+    answers.other.update(((Kind.HOLDERS, ino), sessions) for ino, sessions in found.items())
+
+
+async def _sessions(want: Want, answers: Answers, fetch: Fetch) -> None:
+    answers.other[(Kind.SESSIONS,)] = [
+        SessionRow(id_, secret, bool(read_only), info.decode())
+        for id_, secret, read_only, info in await fetch.one(_SESSIONS)
+    ]
+
+
+async def _replies(want: Want, answers: Answers, fetch: Fetch) -> None:
+    answers.other[Kind.REPLIES, *want] = [tuple(row) for row in await fetch.one(_REPLIES, *want)]
 
 
 async def _dead(want: Want, answers: Answers, fetch: Fetch) -> None:
@@ -328,6 +363,7 @@ _TOGETHER: Final[dict[Kind, Callable[[list[Want], Answers, Fetch], Awaitable[Non
     Kind.EXTENTS: _extents,
     Kind.CUT: _cuts,
     Kind.HEAD: _heads,
+    Kind.HOLDERS: _holders,
     Kind.SEGMENT: _segments,
     Kind.LIVE: _lives,
 }
@@ -336,6 +372,8 @@ _ALONE: Final[dict[Kind, Callable[[Want, Answers, Fetch], Awaitable[None]]]] = {
     Kind.LIST_PLUS: _list_plus,
     Kind.FIRST: _first,
     Kind.ORPHANS: _orphans,
+    Kind.SESSIONS: _sessions,
+    Kind.REPLIES: _replies,
     Kind.DEAD: _dead,
     Kind.SEGMENT_USAGE: _segment_usage,
     Kind.SEGMENT_EXTENTS: _segment_extents,

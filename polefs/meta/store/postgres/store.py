@@ -82,8 +82,7 @@ class PostgresStore:
         """A commit has failed: what the database holds is to be found out."""
         self._deposed = False
         self._closed = False
-        self.session = self._writer.epoch
-        self._tx = PostgresTransaction(self._known, self._usage, self._numbers, self.session)
+        self._tx = PostgresTransaction(self._known, self._usage, self._numbers)
         self._load(state)
         if read_only:
             writer.valid_until = float("inf")
@@ -146,6 +145,7 @@ class PostgresStore:
         numbers.ino = max(numbers.ino, state.next_ino)
         numbers.cookie = max(numbers.cookie, state.next_cookie)
         numbers.segment = max(numbers.segment, state.next_segment)
+        numbers.session = max(numbers.session, state.next_session)
         numbers.writer = state.writer
         self._batch = state.batch
 
@@ -278,7 +278,7 @@ class PostgresStore:
         if self._committing is None and self._pending is not None:
             batch, self._pending = self._pending, None
             usage, numbers = self._usage, self._numbers
-            marks = (usage.bytes, usage.inodes, numbers.ino, numbers.cookie, numbers.segment, numbers.writer)
+            marks = (usage.bytes, usage.inodes, *numbers.marks())
             self._committing = asyncio.get_running_loop().create_task(self._commit(batch, marks))
 
     async def _commit(self, batch: Batch, marks: tuple[int, ...]) -> None:

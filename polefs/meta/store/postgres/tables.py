@@ -53,7 +53,7 @@ class Table(msgspec.Struct, frozen=True):
         change = ", ".join(f'"{column}" = excluded."{column}"' for column in self.values)
         return (
             f"INSERT INTO {self.name}({columns}) SELECT * FROM {self._arrays(self.columns)}"
-            f" ON CONFLICT ({self._key_list}) DO UPDATE SET {change}"
+            f" ON CONFLICT ({self._key_list}) DO {f'UPDATE SET {change}' if change else 'NOTHING'}"
         )
 
     def delete(self) -> str:
@@ -75,10 +75,12 @@ EXTENT: Final = Table("extent", ("ino", "offset"), ("length", "segment", "segmen
 SEGMENT: Final = Table("segment", ("id",), ("size", "live", "frames", "coding"), frozenset(["frames"]))
 SYMLINK: Final = Table("symlink", ("ino",), ("target",), frozenset(["target"]))
 XATTR: Final = Table("xattr", ("ino", "name"), ("value",), frozenset(["name", "value"]))
-ORPHAN: Final = Table("orphan", ("ino",), ("session",))
+ORPHAN: Final = Table("orphan", ("ino", "session"), ())
+SESSION: Final = Table("session", ("id",), ("secret", "read_only", "info"), frozenset(["secret", "info"]))
+REPLY: Final = Table("reply", ("session", "id"), ("reply",), frozenset(["reply"]))
 DELETION: Final = Table("deletion", ("segment",), ("since",))
 
-TABLES: Final = (INODE, DENTRY, EXTENT, SEGMENT, SYMLINK, XATTR, ORPHAN, DELETION)
+TABLES: Final = (INODE, DENTRY, EXTENT, SEGMENT, SYMLINK, XATTR, ORPHAN, SESSION, REPLY, DELETION)
 
 SCHEMA: Final = "polefs"
 """The namespace in the database that everything stands in."""
@@ -87,7 +89,8 @@ _VOLUME: Final = """CREATE TABLE IF NOT EXISTS volume(
     id INT8 NOT NULL PRIMARY KEY, name BYTEA NOT NULL UNIQUE, uuid BYTEA NOT NULL, created INT8 NOT NULL,
     durability BYTEA NOT NULL, bytes_limit INT8 NOT NULL, inodes_limit INT8 NOT NULL, bytes INT8 NOT NULL,
     inodes INT8 NOT NULL, next_ino INT8 NOT NULL, next_cookie INT8 NOT NULL, next_segment INT8 NOT NULL,
-    writer INT8 NOT NULL, epoch INT8 NOT NULL, batch INT8 NOT NULL, holder BYTEA NOT NULL, lease INT8 NOT NULL)"""
+    next_session INT8 NOT NULL, writer INT8 NOT NULL, epoch INT8 NOT NULL,
+    batch INT8 NOT NULL, holder BYTEA NOT NULL, lease INT8 NOT NULL)"""
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
@@ -111,9 +114,9 @@ make a script fail half-way."""
 
 MARK: Final = (
     "UPDATE volume SET batch = $2, bytes = $3, inodes = $4, next_ino = $5, next_cookie = $6, next_segment = $7,"
-    " writer = $8 WHERE id = $1"
+    " next_session = $8, writer = $9 WHERE id = $1"
 )
-MARK_TYPES: Final = 8
+MARK_TYPES: Final = 9
 
 SET_LIVE: Final = (
     "UPDATE segment SET live = k.live FROM unnest($1::INT8[], $2::INT8[], $3::INT8[]) AS k(volume, id, live)"
@@ -122,9 +125,16 @@ SET_LIVE: Final = (
 
 DELETE_XATTRS: Final = "DELETE FROM xattr WHERE (volume, ino) IN (SELECT * FROM unnest($1::INT8[], $2::INT8[]))"
 
+DELETE_HOLDERS: Final = "DELETE FROM orphan WHERE (volume, ino) IN (SELECT * FROM unnest($1::INT8[], $2::INT8[]))"
+DELETE_REPLIES: Final = (
+    "DELETE FROM reply WHERE (volume, session, id) IN (SELECT r.volume, r.session, r.id"
+    " FROM unnest($1::INT8[], $2::INT8[], $3::INT8[]) AS k(volume, session, last)"
+    " JOIN reply AS r ON r.volume = k.volume AND r.session = k.session AND r.id <= k.last)"
+)
+
 VOLUME_STATE: Final = (
     "SELECT epoch, batch, holder, lease, bytes, inodes, bytes_limit, inodes_limit, next_ino, next_cookie, next_segment,"
-    " writer FROM volume WHERE id = $1"
+    " next_session, writer FROM volume WHERE id = $1"
 )
 VOLUMES: Final = "SELECT id, name, uuid, created, durability, holder FROM volume"
 TAKE: Final = (
@@ -141,6 +151,8 @@ def _prepared() -> dict[str, str]:
         "mark": f"PREPARE mark({', '.join(['INT8'] * MARK_TYPES)}) AS {MARK}",
         "set_live": f"PREPARE set_live(INT8[], INT8[], INT8[]) AS {SET_LIVE}",
         "delete_xattrs": f"PREPARE delete_xattrs(INT8[], INT8[]) AS {DELETE_XATTRS}",
+        "delete_holders": f"PREPARE delete_holders(INT8[], INT8[]) AS {DELETE_HOLDERS}",
+        "delete_replies": f"PREPARE delete_replies(INT8[], INT8[], INT8[]) AS {DELETE_REPLIES}",
     }
     for table in TABLES:
         for verb, statement, columns in (

@@ -6,11 +6,12 @@ nothing that it has read changes before it is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from polefs.meta.model import FILE_SIZE_MAX, INODE_XATTR, ROOT_INO, Dentry, Extent, Inode, Segment, Usage
+from polefs.meta.model import FILE_SIZE_MAX, INODE_XATTR, ROOT_INO, Dentry, Extent, Inode, Segment, SessionRow, Usage
+from polefs.meta.store.base import SOLE
 from polefs.meta.store.postgres.layers import ABSENT, NOTHING, Answers, Batch, Known, Layer, Miss, Name, Want
 from polefs.meta.store.postgres.queries import Kind
 
@@ -29,18 +30,23 @@ class Numbers:
         self.ino = 0
         self.cookie = 0
         self.segment = 0
+        self.session = 0
         self.writer = 0
+
+    def marks(self) -> tuple[int, ...]:
+        """What a commit notes of them (``tables.MARK``)."""
+        return self.ino, self.cookie, self.segment, self.session, self.writer
 
 
 class PostgresTransaction:
     """Implements ``base.Transaction``; one object serves all operations, one after the other."""
 
-    def __init__(self, known: Known, usage: Usage, numbers: Numbers, session: int) -> None:
+    def __init__(self, known: Known, usage: Usage, numbers: Numbers) -> None:
         self._known = known
         self._caches = known.caches
         self._usage = usage
         self._numbers = numbers
-        self._session = session
+        self.session = SOLE
         self._own = Layer()
         self._answers = NOTHING
         self._bytes = 0
@@ -97,6 +103,7 @@ class PostgresTransaction:
         extents: Iterable[tuple[int, int, int]] = (),
         cuts: Iterable[tuple[int, int, int]] = (),
         heads: Iterable[tuple[int, int]] = (),
+        holders: Iterable[int] = (),
         segments: Iterable[int] = (),
         lives: Iterable[int] = (),
     ) -> None:
@@ -122,6 +129,7 @@ class PostgresTransaction:
         for ino, count in heads:
             if (Kind.HEAD, ino, count) not in self._answers.other:
                 wants.append((Kind.HEAD, ino, count))
+        wants += [(Kind.HOLDERS, ino) for ino in holders if (Kind.HOLDERS, ino) not in self._answers.other]
         for id_ in segments:
             if not self._known.find(_segments, id_)[0] and (Kind.SEGMENT, id_) not in self._answers.other:
                 wants.append((Kind.SEGMENT, id_))
@@ -406,41 +414,94 @@ class PostgresTransaction:
         self._own.bare.add(ino)
         self._own.xattrs.pop(ino, None)
 
-    async def orphans(self, after: int, limit: int, *, all_sessions: bool) -> list[int]:
-        passed_over = 0 if all_sessions else self._session
-        changed = self._changed("orphans")
-        there = [ino for ino, session in changed.items() if session not in (None, passed_over) and ino > after]
-        return self._numbers_page((Kind.ORPHANS, after, passed_over), changed, there, limit)
+    # Orphans and sessions
 
-    async def add_orphan(self, ino: int) -> None:
-        self.rows += 1
-        self._own.orphans[ino] = self._session
-
-    async def delete_orphan(self, ino: int) -> None:
-        self.rows += 1
-        self._own.orphans[ino] = None
-
-    def _changed(self, table: str) -> dict[int, int | None]:
-        """What all layers together change in a table of numbers."""
-        changed: dict[int, int | None] = {}
-        for layer in (*reversed(self._known.layers), self._own):
-            rows: dict[int, int | None] = getattr(layer, table)
-            changed.update(rows)
-            if rows and isinstance(layer, Batch) and not layer.committed:
-                self._saw(layer)
-        return changed
-
-    def _numbers_page(self, question: Want, changed: dict[int, int | None], there: list[int], limit: int) -> list[int]:
-        """The first of the numbers that the database and the layers have, as of ``_page``."""
+    async def orphans(self, after: tuple[int, int], limit: int) -> list[tuple[int, int]]:
         while True:
-            rows: list[int] = self._answer(*question, limit)
+            rows: list[tuple[int, int]] = self._answer(Kind.ORPHANS, *after, limit)
             full = len(rows) == limit
-            end = rows[-1] if full else FILE_SIZE_MAX
-            page = [number for number in rows if number not in changed]
-            page += [number for number in there if number <= end]
-            if page or not full:
-                return sorted(page)[:limit]
+            end = rows[-1] if full else (FILE_SIZE_MAX, 0)
+            there = set(rows)
+            for layer in self._layers("orphans", "unheld"):
+                there = {row for row in there if row[0] not in layer.unheld}
+                for ino, sessions in layer.orphans.items():
+                    for session, holds in sessions.items():
+                        if not holds:
+                            there.discard((ino, session))
+                        elif after < (ino, session) <= end:
+                            there.add((ino, session))
+            if there or not full:
+                return sorted(there)[:limit]
             limit *= 2
+
+    async def orphan_sessions(self, ino: int) -> list[int]:
+        there = set(self._answer(Kind.HOLDERS, ino))
+        for layer in self._layers("orphans", "unheld"):
+            if ino in layer.unheld:
+                there.clear()
+            for session, holds in layer.orphans.get(ino, {}).items():
+                (there.add if holds else there.discard)(session)
+        return list(there)
+
+    def _put_orphan(self, ino: int, session: int, holds: bool) -> None:
+        self.rows += 1
+        self._own.orphans.setdefault(ino, {})[session] = holds
+
+    async def add_orphan(self, ino: int, session: int) -> None:
+        self._put_orphan(ino, session, True)
+
+    async def delete_orphan(self, ino: int, session: int | None) -> None:
+        if session is not None:
+            self._put_orphan(ino, session, False)
+            return
+        self.rows += 1
+        self._own.unheld.add(ino)
+        self._own.orphans.pop(ino, None)
+
+    async def sessions(self) -> list[SessionRow]:
+        rows: dict[int, SessionRow | None] = {row.id: row for row in self._answer(Kind.SESSIONS)}
+        for layer in self._layers("sessions"):
+            rows.update(layer.sessions)
+        return sorted((row for row in rows.values() if row is not None), key=lambda row: row.id)
+
+    async def allocate_session(self) -> int:
+        self.reserved = True
+        session = self._numbers.session
+        self._numbers.session += 1
+        return session
+
+    async def put_session(self, row: SessionRow) -> None:
+        self.rows += 1
+        self._own.sessions[row.id] = row
+
+    async def delete_session(self, session: int) -> None:
+        self.rows += 2
+        self._own.sessions[session] = None
+        self._own.forget_replies(session, FILE_SIZE_MAX)
+
+    async def replies(self, session: int) -> list[tuple[int, bytes]]:
+        replies: dict[int, bytes] = dict(self._answer(Kind.REPLIES, session))
+        for layer in self._layers("replies", "confirmed"):
+            last = layer.confirmed.get(session, 0)
+            replies = {id_: reply for id_, reply in replies.items() if id_ > last}
+            replies.update(layer.replies.get(session, {}))
+        return sorted(replies.items())
+
+    async def put_reply(self, session: int, id_: int, reply: bytes) -> None:
+        self.rows += 1
+        self._own.replies.setdefault(session, {})[id_] = reply
+
+    async def delete_replies(self, session: int, last: int) -> None:
+        self.rows += 1
+        self._own.forget_replies(session, last)
+
+    def _layers(self, *tables: str) -> Iterator[Layer]:
+        """Oldest first; those that hold rows of these tables and are not committed count as seen."""
+        for layer in reversed(self._known.layers):
+            if not layer.committed and any(getattr(layer, table) for table in tables):
+                self._saw(layer)
+            yield layer
+        yield self._own
 
     # Contents
 
@@ -548,11 +609,18 @@ class PostgresTransaction:
         self._own.deletions[segment] = since
 
     async def dead_segments(self, before: int, after: int, limit: int) -> list[int]:
-        changed = self._changed("deletions")
-        there = [
-            segment for segment, when in changed.items() if when is not None and when <= before and segment > after
-        ]
-        return self._numbers_page((Kind.DEAD, before, after), changed, there, limit)
+        changed: dict[int, int | None] = {}
+        for layer in self._layers("deletions"):
+            changed.update(layer.deletions)
+        there = [each for each, when in changed.items() if when is not None and when <= before and each > after]
+        while True:
+            rows: list[int] = self._answer(Kind.DEAD, before, after, limit)
+            full = len(rows) == limit
+            end = rows[-1] if full else FILE_SIZE_MAX
+            page = [each for each in rows if each not in changed] + [each for each in there if each <= end]
+            if page or not full:
+                return sorted(page)[:limit]
+            limit *= 2
 
     async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:
         changed: dict[int, Segment | None] = {}

@@ -60,6 +60,7 @@ class State(msgspec.Struct):
     next_ino: int
     next_cookie: int
     next_segment: int
+    next_session: int
     writer: int
 
 
@@ -251,8 +252,18 @@ def _statements(volume: int, epoch: int, batch: Batch, marks: tuple[int, ...]) -
     delete(tables.EXTENT, [(ino, offset) for ino, offset, extent in extents if extent is None])
     put(tables.EXTENT, [(ino, *msgspec.structs.astuple(extent)) for ino, _, extent in extents if extent is not None])
     _segments(batch, statements, volume, put, delete)
-    delete(tables.ORPHAN, [(ino,) for ino, session in batch.orphans.items() if session is None])
-    put(tables.ORPHAN, [(ino, session) for ino, session in batch.orphans.items() if session is not None])
+    if batch.unheld:
+        statements.append(tables.execute_many("delete_holders", volume, [list(batch.unheld)]))
+    holders = [(ino, session, there) for ino, rows in batch.orphans.items() for session, there in rows.items()]
+    delete(tables.ORPHAN, [(ino, session) for ino, session, there in holders if not there])
+    put(tables.ORPHAN, [(ino, session) for ino, session, there in holders if there])
+    delete(tables.SESSION, [(id_,) for id_, row in batch.sessions.items() if row is None])
+    sessions = [row for row in batch.sessions.values() if row is not None]
+    put(tables.SESSION, [(row.id, row.secret, int(row.read_only), row.info.encode()) for row in sessions])
+    if batch.confirmed:
+        confirmed = list(zip(*batch.confirmed.items(), strict=True))
+        statements.append(tables.execute_many("delete_replies", volume, confirmed))
+    put(tables.REPLY, [(session, *row) for session, replies in batch.replies.items() for row in replies.items()])
     delete(tables.DELETION, [(segment,) for segment, due in batch.deletions.items() if due is None])
     put(tables.DELETION, [(segment, due) for segment, due in batch.deletions.items() if due is not None])
     statements.append("COMMIT")
