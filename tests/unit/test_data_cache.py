@@ -810,6 +810,18 @@ def test_least_recently_used_files_go_first(tmp_path: Path) -> None:
     run(tmp_path, work, CacheLimits(size=4 * MIB, free=0))
 
 
+def test_what_is_more_than_the_cache_can_hold_is_not_kept(tmp_path: Path) -> None:
+    async def work(volume: Volume, gate: Gate) -> None:
+        inos = [await volume.make(name) for name in (b"a", b"b", b"c")]
+        for ino, size in zip(inos, (MIB, 5 * MIB, MIB), strict=True):
+            for start in range(0, size, MIB):
+                await volume.write(ino, start, bytes([ino]) * MIB)
+        await volume.files.flush()
+        assert cache_files(tmp_path) == [inos[0], inos[2]]
+
+    run(tmp_path, work, CacheLimits(size=4 * MIB, free=0))
+
+
 def test_room_that_others_need_is_left(tmp_path: Path) -> None:
     """With more to be left free than there is, nothing stays, and nothing is tried for ever."""
 

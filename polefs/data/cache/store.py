@@ -306,7 +306,15 @@ class ContentCache(Generic[R]):
 
     async def keep(self, contents: Sequence[tuple[int, Sequence[DataPiece], int]]) -> None:
         """``(ino, pieces, size)`` of files: these pieces are their committed contents now. What fails costs the cache
-        these bytes and is no error."""
+        these bytes and is no error, and so does what is more than it can hold."""
+        room = self.limits.size
+        fitting = []
+        for each in contents:
+            length = sum(end - start for start, end, _ in each[1])
+            if length <= room:
+                room -= length
+                fitting.append(each)
+        contents = fitting
         if not contents or self._paused:
             return
         files = [(self._files.get(ino) or self._enter(ino), pieces, size) for ino, pieces, size in contents]
