@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 NAME = "format"
 
+GRACE = 3600.0
+"""Seconds that objects are kept which nothing refers to any more, unless options say otherwise."""
+
 
 def command(
     volume: Annotated[str, typer.Argument(metavar="VOLUME", help="The directory to make it in: new, or empty.")],
@@ -41,6 +44,12 @@ def command(
         str | None,
         typer.Option(metavar="s3|local", help="Where contents are safe when fsync returns; default: in the bucket."),
     ] = None,
+    grace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION", help="How long objects stay in the bucket that nothing refers to any more; default: 1h."
+        ),
+    ] = None,
     capacity: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes that files may take up, like 10G; default: no limit.")
     ] = None,
@@ -60,15 +69,19 @@ def command(
       polefs format --store s3://data --endpoint https://minio:9000 --encrypt --key-file key /srv/volume
     """
     from polefs.node.lock import Holder
-    from polefs.node.sizes import parse_size
+    from polefs.node.sizes import parse_duration, parse_size
     from polefs.node.volume import Contents, make_volume
 
     limit = 0 if capacity is None else parse_size(capacity)
     contents = Contents()
     if store is not None:
         location = parse_store(store, endpoint=endpoint, region=region, path_style=path_style, ca_bundle=ca_bundle)
-        contents = _in_s3(location, compress, durability or "s3")
-    elif encrypt or compress != "none" or any(each is not None for each in (endpoint, region, path_style, ca_bundle)):
+        contents = _in_s3(location, compress, durability or "s3", GRACE if grace is None else parse_duration(grace))
+    elif (
+        encrypt
+        or compress != "none"
+        or any(each is not None for each in (endpoint, region, path_style, ca_bundle, grace))
+    ):
         raise Refusal(errno.EINVAL, "this needs a bucket: give --store s3://BUCKET[/PREFIX] too", 2)
     elif durability not in (None, "local"):
         raise Refusal(errno.EINVAL, "--durability s3 needs a bucket: give --store s3://BUCKET[/PREFIX] too", 2)
@@ -87,13 +100,14 @@ def command(
     print(f"{made.path}: volume '{made.info.name}', {made.info.uuid}")
 
 
-def _in_s3(location: S3Location, compression: str, durability: str) -> Contents:
+def _in_s3(location: S3Location, compression: str, durability: str, grace: float) -> Contents:
     import msgspec
 
     from polefs.node.volume import Contents
 
     try:
-        contents = msgspec.convert({"compression": compression, "durability": durability}, Contents)
+        options = {"compression": compression, "durability": durability, "grace": grace}
+        contents = msgspec.convert(options, Contents)
     except msgspec.ValidationError:
         raise Refusal(errno.EINVAL, "give --compress zstd, lz4 or none, and --durability s3 or local", 2) from None
     return msgspec.structs.replace(contents, objects=location)

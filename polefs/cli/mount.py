@@ -12,7 +12,7 @@ import typer
 from polefs.node.cache import CacheOptions
 from polefs.node.errors import Refusal
 from polefs.node.logs import LEVELS
-from polefs.node.options import MountRequest, Options, parse_options
+from polefs.node.options import GC_INTERVAL, MountRequest, Options, parse_options
 from polefs.node.sizes import parse_duration, parse_size
 from polefs.node.volume import default_volume, is_encrypted
 
@@ -57,6 +57,10 @@ def command(
         str | None,
         typer.Option(metavar="SIZE", help="Most bytes not yet written back; default: half of the free space."),
     ] = None,
+    gc_interval: Annotated[
+        str | None,
+        typer.Option(metavar="DURATION", help="Between passes of garbage collection; 0: none. Default: 1h."),
+    ] = None,
     profile: Annotated[str | None, typer.Option(metavar="FILE", hidden=True)] = None,
 ) -> None:
     """Mount a volume. Returns when the mount can be used.
@@ -66,10 +70,10 @@ def command(
 
     Options: ro, rw, noatime, relatime, strictatime, nodiratime, nosuid, nodev, noexec, sync, dirsync, allow_other,
     noallow_other, nonempty, volume=DIRECTORY, key_file=FILE, cache_dir=DIRECTORY, cache_size=SIZE, cache_free=SIZE,
-    store_timeout=DURATION, dirty_limit=SIZE.
+    store_timeout=DURATION, dirty_limit=SIZE, gc_interval=DURATION.
 
-    Durations are like 90s, 5m or 1h, and 0 is for ever. A volume in a bucket that is out of reach is mounted all the
-    same.
+    Durations are like 90s, 5m or 1h; a store_timeout of 0 is for ever. A volume in a bucket that is out of reach is
+    mounted all the same.
 
     Only volumes in a bucket have a cache. Files that are cached as a whole are read by the kernel itself on read-only
     mounts, unless nopassthrough is given.
@@ -98,6 +102,7 @@ def command(
     parsed.cache_free = cache_free or parsed.cache_free
     parsed.store_timeout = store_timeout or parsed.store_timeout
     parsed.dirty_limit = dirty_limit or parsed.dirty_limit
+    parsed.gc_interval = gc_interval or parsed.gc_interval
     request = make_request(volume, paths[-1], parsed)
     request.log_level = check_level(log_level)
     request.log_file = _absolute(log_file)
@@ -128,6 +133,7 @@ def make_request(volume: str | None, mountpoint: str, options: Options) -> Mount
         ),
         store_timeout=None if options.store_timeout is None else parse_duration(options.store_timeout),
         dirty_limit=None if options.dirty_limit is None else parse_size(options.dirty_limit),
+        gc_interval=GC_INTERVAL if options.gc_interval is None else parse_duration(options.gc_interval),
     )
 
 

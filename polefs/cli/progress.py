@@ -1,9 +1,13 @@
-"""The progress bar of writing back, on a terminal; silent elsewhere."""
+"""Progress bars, on a terminal; silent elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from polefs.data.report import Phase
+from polefs.node.sizes import format_size
 
 
 def show_progress(remaining: Iterable[int], what: str) -> None:
@@ -28,3 +32,27 @@ def show_progress(remaining: Iterable[int], what: str) -> None:
         for left in remaining:
             total = max(total, left)
             progress.update(task, total=total, completed=total - left)
+
+
+@contextmanager
+def show_phases() -> Iterator[Callable[[Phase], None]]:
+    """Shows the phases that the function is called with."""
+    if not sys.stderr.isatty():
+        yield lambda phase: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None, count="")
+
+        def show(phase: Phase) -> None:
+            count = (
+                str(phase.done) if phase.total is None else f"{format_size(phase.done)} of {format_size(phase.total)}"
+            )
+            progress.update(
+                task, description=phase.name, completed=phase.done, total=phase.total, count=count if phase.done else ""
+            )
+
+        yield show

@@ -12,45 +12,18 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
-
 from polefs.data.compact import Compactor
 from polefs.data.lost import LostObjects
 from polefs.data.reclaim import Reclaimer
+from polefs.data.report import GarbageReport, Phase
 from polefs.data.segments import SegmentIds
 from polefs.meta.api import MetaAPI
-from polefs.objects.base import ObjectStore
+from polefs.objects.base import ObjectStore, StoreError
 
 log = logging.getLogger(__name__)
 
 _RATE: Final = 32 << 20
 """Bytes a second that are rewritten in the background, at most."""
-
-
-class GarbageReport(msgspec.Struct):
-    """What a pass has done, or would do. Bytes are those in the store, but for ``moved_bytes``: contents."""
-
-    dry_run: bool = False
-    rewritten_segments: int = 0
-    moved_bytes: int = 0
-    damaged_segments: int = 0
-    """Half-dead ones that could not be read; the log tells which, and why."""
-    dead_objects: int = 0
-    dead_bytes: int = 0
-    lost_objects: int = 0
-    lost_bytes: int = 0
-    uploads: int = 0
-    """Uploads in parts that nobody goes on with."""
-    waiting_objects: int = 0
-    """Objects of dead segments whose grace time is not over."""
-
-
-class Phase(msgspec.Struct, frozen=True):
-    """What a pass is at. ``total`` is None while nobody knows it; both are bytes in ``rewriting``, else objects."""
-
-    name: str
-    done: int = 0
-    total: int | None = None
 
 
 class GarbageCollector:
@@ -97,6 +70,8 @@ class GarbageCollector:
     async def collect(self, *, grace: float | None = None, dry_run: bool = False) -> GarbageReport:
         """``grace``: seconds that dead and unknown objects are kept, by default the volume's. OSError when the object
         store or the metadata fail; ECANCELED when the volume is unmounted meanwhile."""
+        if self._objects.away_since is not None:
+            raise StoreError(errno.ETIMEDOUT, "the object store is out of reach now: try again when it is back")
         task = asyncio.get_running_loop().create_task(
             self._collect(self._reclaimer.grace if grace is None else grace, dry_run, rate=None)
         )

@@ -1,7 +1,7 @@
 """The control socket of a mounted volume: ``VOLUME/control.sock``, one JSON line a message.
 
-The client sends one request a connection; the daemon answers with any number of ``Progress`` and then with ``Status``,
-``Done`` or ``Failed``. Only the owner of the volume and root may connect (mode of the socket).
+The client sends one request a connection; the daemon answers with any number of ``Progress`` or ``Working``, and then
+with another reply. Only the owner of the volume and root may connect (mode of the socket).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 
 import msgspec
 
+from polefs.data.report import GarbageReport, Phase
 from polefs.node.errors import Refusal, plain
 from polefs.node.status import CacheStatus, Status
 
@@ -65,9 +66,25 @@ class WarmUp(msgspec.Struct, frozen=True, tag="warm-up", tag_field="request"):
     paths: list[bytes]
 
 
+class CollectGarbage(msgspec.Struct, frozen=True, tag="collect-garbage", tag_field="request"):
+    """Answered with ``Working``, then ``GarbageReply``."""
+
+    dry_run: bool = False
+    grace: float | None = None
+    """Seconds; None: as the volume has it."""
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress", tag_field="reply"):
     left: int
     """Bytes still to be done."""
+
+
+class Working(msgspec.Struct, frozen=True, tag="working", tag_field="reply"):
+    phase: Phase
+
+
+class GarbageReply(msgspec.Struct, frozen=True, tag="garbage", tag_field="reply"):
+    report: GarbageReport
 
 
 class StatusReply(msgspec.Struct, frozen=True, tag="status", tag_field="reply"):
@@ -88,8 +105,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", tag_field="reply"):
     message: str
 
 
-Request = GetStatus | Flush | Unmount | SetLogLevel | GetCache | ShrinkCache | WarmUp
-Reply = Progress | StatusReply | CacheReply | Done | Failed
+Request = GetStatus | Flush | Unmount | SetLogLevel | GetCache | ShrinkCache | WarmUp | CollectGarbage
+Reply = Progress | Working | GarbageReply | StatusReply | CacheReply | Done | Failed
 
 
 class Handler(Protocol):
@@ -215,7 +232,7 @@ class ControlClient:
                 if isinstance(reply, Failed):
                     raise Refusal(reply.number, reply.message)
                 yield reply
-                if not isinstance(reply, Progress):
+                if not isinstance(reply, Progress | Working):
                     return
         raise ConnectionError(errno.ECONNRESET, "the daemon ended before it answered: see its log")
 

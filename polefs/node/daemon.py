@@ -91,6 +91,7 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Ready) -> N
             request.cache,
             store_timeout=request.store_timeout,
             dirty_limit=request.dirty_limit,
+            gc_interval=0.0 if request.read_only else request.gc_interval,
             patient=True,
         )
         options = MountOptions(
@@ -189,6 +190,9 @@ class MountedVolume:
                 await self._cached().cache.measure()
                 await self._cached().cache.shrink(size)
                 yield control.Done()
+            case control.CollectGarbage(dry_run, grace):
+                async for reply in self._collect_garbage(dry_run, grace):
+                    yield reply
             case control.WarmUp(paths):
                 async for progress in self._warm_up(paths):
                     yield progress
@@ -307,6 +311,18 @@ class MountedVolume:
             for task in (running, unmounted):
                 task.cancel()
             await asyncio.wait({running, unmounted})
+
+    async def _collect_garbage(self, dry_run: bool, grace: float | None) -> AsyncIterator[control.Reply]:
+        if self._request.read_only and not dry_run:
+            mountpoint = self._request.mountpoint
+            raise Refusal(errno.EROFS, f"{mountpoint} is mounted read-only: unmount it, or mount it without ro")
+        garbage = self._storage.files.garbage
+        collecting = asyncio.create_task(garbage.collect(grace=grace, dry_run=dry_run))
+        while not collecting.done():
+            if garbage.phase is not None:
+                yield control.Working(garbage.phase)
+            await asyncio.wait({collecting}, timeout=PROGRESS_INTERVAL)
+        yield control.GarbageReply(collecting.result())
 
     def _on_signal(self, number: int) -> None:
         if self._stopping is None:

@@ -12,6 +12,9 @@ import msgspec
 from polefs.node.cache import CacheOptions
 from polefs.node.errors import Refusal
 
+GC_INTERVAL = 3600.0
+"""Seconds between passes of garbage collection, unless options say otherwise."""
+
 AtimePolicy = Literal["noatime", "relatime", "strictatime"]
 
 
@@ -50,6 +53,8 @@ class MountRequest(msgspec.Struct, kw_only=True):
     cache: CacheOptions = CacheOptions()
     store_timeout: float | None = None
     """Seconds that a bucket may be out of reach until programs get errors, 0: for ever; None: as it is by default."""
+    gc_interval: float = GC_INTERVAL
+    """Seconds between passes of garbage collection in the background, 0: none."""
     dirty_limit: int | None = None
     """Most bytes that wait to be written back; None: as it is by default."""
     passthrough: bool = True
@@ -84,6 +89,7 @@ class Options(msgspec.Struct, kw_only=True):
     cache_free: str | None = None
     store_timeout: str | None = None
     dirty_limit: str | None = None
+    gc_interval: str | None = None
     passthrough: bool = True
 
 
@@ -121,6 +127,7 @@ _VALUES = {
     "cache_free": "SIZE",
     "store_timeout": "DURATION",
     "dirty_limit": "SIZE",
+    "gc_interval": "DURATION",
 }
 """Option -> what its value is; each is an attribute of ``Options``."""
 

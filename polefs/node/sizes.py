@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
 def parse_duration(text: str) -> float:
     """Seconds of ``90``, ``90s``, ``5m``, ``1.5h``, ``2d``, ``0``. ``Refusal`` EINVAL."""
     match = _DURATION.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(match[1]) > 9:
         raise Refusal(errno.EINVAL, f"'{text}' is no duration: write it like 90s, 5m or 1h", 2)
     return float(match[1]) * _SECONDS[match[2]]
 

@@ -77,12 +77,14 @@ async def open_storage(
     *,
     store_timeout: float | None = None,
     dirty_limit: int | None = None,
+    gc_interval: float = 0.0,
     patient: bool = False,
+    use_cache: bool = True,
 ) -> Storage:
     """Open a locked volume, with what a killed daemon has left, which is written back from then on. ``secret`` opens an
-    encrypted one; ``store_timeout`` and ``dirty_limit`` are as ``MountRequest`` has them; ``patient``: a store that is
-    out of reach is only a ``warning``. ``Refusal`` when a part is missing, damaged or out of reach, or the secret is
-    another."""
+    encrypted one; ``store_timeout``, ``dirty_limit`` and ``gc_interval`` are as ``MountRequest`` has them; ``patient``:
+    a store that is out of reach is only a ``warning``. Who does not ``use_cache`` must not change contents: it would
+    not know of it. ``Refusal`` when a part is missing, damaged or out of reach, or the secret is another."""
     from polefs.data.files import FileStore
     from polefs.meta.service import MetaService
 
@@ -92,7 +94,7 @@ async def open_storage(
             errno.EINVAL, f"volume {volume.path} keeps its contents in a local directory: leave out store_timeout", 2
         )
     timeout = (STORE_TIMEOUT if store_timeout is None else store_timeout) or math.inf
-    cache = open_cache(volume, cache_options or CacheOptions())
+    cache = open_cache(volume, cache_options or CacheOptions()) if use_cache else None
     store = open_store(volume)
     try:
         objects, warning = await _reach_objects(volume, timeout) if patient else (await open_objects(volume), None)
@@ -110,6 +112,8 @@ async def open_storage(
         cache=cache,
         sync_to_store=to_store,
         store_timeout=timeout,
+        grace=volume.info.contents.grace,
+        gc_interval=gc_interval,
     )
     try:
         await meta.start()

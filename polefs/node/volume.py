@@ -60,6 +60,8 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     durability: Durability = "local"
     """What fsync waits for: ``s3``, that contents are in the bucket and committed; ``local``, that they are on the disk
     of this machine."""
+    grace: float = 0.0
+    """Seconds that objects are kept which nothing refers to any more."""
 
 
 _LOCAL = Contents()
@@ -306,7 +308,7 @@ def _who(path: str, holder: Holder | None) -> str:
             f"volume {path} is mounted on {holder.mountpoint} by process {holder.pid}: unmount it first "
             f"(polefs umount {holder.mountpoint})"
         )
-    what = "checked" if holder.doing == "check" else "made"
+    what = {"check": "checked", "gc": "rid of garbage"}.get(holder.doing, "made")
     return f"volume {path} is being {what} by process {holder.pid}: try again when that has ended"
 
 

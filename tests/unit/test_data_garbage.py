@@ -15,7 +15,7 @@ from polefs.data.budget import MemoryBudget
 from polefs.data.cipher import Cipher
 from polefs.data.compact import Piece, make_pieces
 from polefs.data.frames import Codec, Coding
-from polefs.data.garbage import GarbageReport
+from polefs.data.report import GarbageReport
 from polefs.meta.model import ROOT_INO, Extent
 from polefs.objects.base import segment_key
 from tests.unit.data_helpers import Crash, Volume, ticks
