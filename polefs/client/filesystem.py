@@ -257,6 +257,15 @@ class PoleFileSystem(FileSystem):
 
     async def write_file(self, op: ops.WriteFile) -> int:
         await self._space.claim(op.size)
+        try:
+            return await self._write(op)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        await self._space.claim_again(op.size)
+        return await self._write(op)
+
+    async def _write(self, op: ops.WriteFile) -> int:
         inode = await self._meta.get_inode(op.nodeid)
         if op.write_flags & WriteFlag.KILL_SUIDGID and inode.mode & _SET_ID:
             await self._meta.set_attributes(op.nodeid, SetAttr(kill_suidgid=True))

@@ -6,6 +6,7 @@ So contents may not take the last of the room, and names leave half of that.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -48,6 +49,7 @@ class VolumeSpace:
         self._orphans = orphans
         self._backing = backing
         self._local = local
+        self._making: asyncio.Task[None] | None = None
         self._reserve = 0
         self._room = 0
         """What contents may still take until the next look, bytes; names go below 0."""
@@ -55,7 +57,7 @@ class VolumeSpace:
     async def status(self) -> FileSystemStatus:
         usage, backing = await self._meta.usage(), await self._backing()
         used = usage.bytes + self._files.dirty_bytes
-        reserve = _reserve(backing)
+        reserve = reserve_of(backing.bytes_total)
         free, available = max(0, backing.bytes_free - reserve), max(0, backing.bytes_available - reserve)
         if usage.bytes_limit:
             free = max(0, min(free, usage.bytes_limit - used))
@@ -74,8 +76,9 @@ class VolumeSpace:
         )
 
     async def claim(self, length: int) -> None:
-        """ENOSPC when there is no room for ``length`` more bytes, in the volume's limit or at its place. Bytes that
-        replace others count as new until they are committed, which is done here when they are in the way."""
+        """ENOSPC when there is no room for ``length`` more bytes, in the volume's limit or at its place, and none can
+        be made: the cache gives way, and then what is dirty is written back, unless the store is out of reach for too
+        long. Bytes that replace others count as new until they are committed."""
         usage = await self._meta.usage()
         if usage.bytes_limit and usage.bytes + self._files.dirty_bytes + length > usage.bytes_limit:
             await self._make_room()
@@ -83,37 +86,58 @@ class VolumeSpace:
             if usage.bytes + self._files.dirty_bytes + length > usage.bytes_limit:
                 raise _full()
         # Once in the local directory, once as an object: the former is given back after the latter is stored.
-        await self._take(2 * min(length, MOST_STORED), 0)
+        await self._take(min(length, MOST_STORED) * (1 if self._files.far else 2), 0)
+
+    async def claim_again(self, length: int) -> None:
+        """``claim`` after a write has found no room all the same: others have taken it."""
+        self._room = min(self._room, 0)
+        await self.claim(length)
 
     async def claim_entry(self, length: int = 0) -> None:
         """ENOSPC when there is no room for a name, or ``length`` bytes of other metadata, at the volume's place."""
         await self._take(ENTRY + 2 * length, -self._reserve // 2)
 
     async def _take(self, need: int, least: int) -> None:
+        """``need`` bytes of the room, of which ``least`` must be left."""
         if self._room - need < least:
             await self._look()
-            if self._room - need < least:
-                await self._make_room()
-                await self._look()
+            for make_room in (self._shrink_cache, self._make_room, self._shrink_cache):
+                if self._room - need < least:
+                    await make_room(least + need - self._room)
+                    await self._look()
             if self._room - need < least:
                 raise _full()
         self._room -= need
 
-    async def _make_room(self) -> None:
+    async def _shrink_cache(self, size: int) -> None:
+        # By more than is wanted now, so that the next one finds some.
+        await self._files.shrink_cache(size + self._reserve)
+
+    async def _make_room(self, size: int = 0) -> None:
+        """Wait until what is dirty now is written back, together with all who wait for it."""
+        if self._making is None:
+            self._making = asyncio.get_running_loop().create_task(self._do_make_room())
+        await asyncio.shield(self._making)
+
+    async def _do_make_room(self) -> None:
         try:
             await self._orphans.release()
             await self._files.make_room()
         except OSError as error:
             log.warning("no room could be made: %s", error)
+        finally:
+            self._making = None
 
     async def _look(self) -> None:
         local = await self._local()
-        self._reserve = _reserve(local)
-        self._room = min(local.bytes_available - self._files.dirty_bytes - self._reserve, LOOK_AFTER)
+        self._reserve = reserve_of(local.bytes_total)
+        objects = 0 if self._files.far else self._files.dirty_bytes
+        self._room = min(local.bytes_available - objects - self._reserve, LOOK_AFTER)
 
 
-def _reserve(backing: Space) -> int:
-    return min(RESERVE, backing.bytes_total // RESERVE_SHARE)
+def reserve_of(total: int) -> int:
+    """What contents leave free at a place of so many bytes."""
+    return min(RESERVE, total // RESERVE_SHARE)
 
 
 def _full() -> OSError:

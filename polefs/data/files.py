@@ -120,6 +120,8 @@ class FileStore:
         self._log = JournalLog(self._directory, self._threads, Journal(self._directory, max(numbers, default=0) + 1))
         self._dirty = DirtyFiles(self._directory, self._log, limits or Limits(), self._progress, self._relieved)
         self._find = self._dirty.find
+        self.far = codec is not None
+        """Objects take no room here."""
         self._writeback = WriteBack(
             meta,
             objects,
@@ -174,7 +176,7 @@ class FileStore:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
         journals for the next ``recover``. Nothing else may be running or be called afterwards."""
         saved = False
-        self._objects.set_deadline(min(self._patience.seconds, _END_SECONDS))
+        self._objects.hurry(min(self._patience.seconds, _END_SECONDS))
         try:
             await self.garbage.stop()
             await self._flusher.finish()
@@ -399,9 +401,18 @@ class FileStore:
             await self._writeback.kept()
 
     async def make_room(self) -> None:
-        """Write back everything and delete what is dead now: what is left is needed."""
+        """Write back everything and, where objects are local, delete what is dead now: what is left is needed."""
         await self._flusher.flush()
-        await self._reclaimer.reclaim()
+        if not self.far:
+            await self._reclaimer.reclaim()
+
+    async def shrink_cache(self, size: int) -> None:
+        """Take so many bytes from the cache, as far as nothing uses them, where it is on the file system of the local
+        directory."""
+        if self.cached is not None:
+            cache = self.cached.cache
+            if await asyncio.to_thread(_same_file_system, cache.path, self._directory):
+                await cache.shrink(max(cache.bytes - size, 0))
 
     @property
     def dirty_bytes(self) -> int:
@@ -461,6 +472,10 @@ class FileStore:
     async def _wait_for_room(self, inode: Inode, size: int = 0) -> Inode:
         await self._flusher.wait_for_room(size)
         return await self._meta.get_inode(inode.ino)
+
+
+def _same_file_system(one: str, other: str) -> bool:
+    return os.stat(one).st_dev == os.stat(other).st_dev
 
 
 def _error(number: int) -> OSError:

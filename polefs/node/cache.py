@@ -20,7 +20,7 @@ SIZE = 100 << 30
 """Most bytes, unless options say otherwise."""
 
 FREE_PART = 20
-"""One part in so many of its file system is left free, unless options say otherwise."""
+"""One part in so many of its file system is left free, and 256 MiB or a quarter, unless options say otherwise."""
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +38,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
 def open_cache(volume: Volume, options: CacheOptions) -> tuple[CacheDirectory, CacheLimits] | None:
     """The cache of a volume; None for one that keeps its contents in a local directory. ``Refusal`` when it cannot be
     used."""
+    from polefs.client.space import reserve_of
     from polefs.data.cache.directory import CacheDirectory
     from polefs.data.cache.store import CacheLimits
 
@@ -58,7 +59,9 @@ def open_cache(volume: Volume, options: CacheOptions) -> tuple[CacheDirectory, C
         free = options.free
         if free is None:
             found = os.statvfs(path)
-            free = found.f_blocks * found.f_frsize // FREE_PART
+            total = found.f_blocks * found.f_frsize
+            # Contents that are not written back leave so much free as well; what is cached must not keep them waiting.
+            free = max(total // FREE_PART, 2 * reserve_of(total))
     except OSError as error:
         message = plain(error) if error.filename is None else f"cannot use the cache directory {path}: {error.strerror}"
         raise Refusal(error.errno or errno.EIO, message) from error

@@ -96,8 +96,9 @@ async def open_storage(
     timeout = (STORE_TIMEOUT if store_timeout is None else store_timeout) or math.inf
     cache = open_cache(volume, cache_options or CacheOptions()) if use_cache else None
     store = open_store(volume)
+    warnings: list[str] = []
     try:
-        objects, warning = await _reach_objects(volume, timeout) if patient else (await open_objects(volume), None)
+        objects = await open_objects(volume, deadline=timeout, out_of_reach=warnings.append if patient else None)
     except BaseException:
         store.shutdown()
         raise
@@ -126,7 +127,9 @@ async def open_storage(
             error.errno or errno.EIO, f"cannot bring back the contents kept in {volume.local}: {plain(error)}"
         ) from error
     storage = Storage(meta, objects, files)
-    storage.warning = warning
+    for reason in warnings:
+        storage.warning = f"mounted all the same: {reason}; until then only what is cached can be read"
+        log.warning("%s", storage.warning)
     return storage
 
 
@@ -141,25 +144,12 @@ def _limits(volume: Volume, dirty_limit: int | None) -> Limits:
     return Limits(local=dirty_limit, replicas=max(files // 2, 1))
 
 
-async def _reach_objects(volume: Volume, timeout: float) -> tuple[ObjectStore, str | None]:
-    """As ``open_objects``; one that is out of reach is not used before it is known to be the volume's own, and what
-    keeps us from it is told."""
-    reasons: list[str] = []
-    store = await open_objects(volume, MOUNT_SECONDS, out_of_reach=reasons.append)
-    store.set_deadline(timeout)
-    if not reasons:
-        return store, None
-    warning = f"mounted all the same: {reasons[0]}; contents that are not cached cannot be read until then"
-    log.warning("%s", warning)
-    return store, warning
-
-
 async def open_objects(
-    volume: Volume, seconds: float = OPEN_SECONDS, *, out_of_reach: Callable[[str], object] | None = None
+    volume: Volume, *, deadline: float | None = None, out_of_reach: Callable[[str], None] | None = None
 ) -> ObjectStore:
-    """The store of a volume's contents, once it is known to be its own. ``Refusal`` when it cannot be used. When it
-    does not answer for so many seconds, and ``out_of_reach`` is given, that is called with the reason, and all that is
-    made sure when it is first used."""
+    """The store of a volume's contents, once it is known to be its own; its operations then have this deadline.
+    ``Refusal`` when it cannot be used. Where it is only out of reach, and ``out_of_reach`` is given, that is called
+    with the reason, and the store makes sure whose it is when it is first used."""
     location = volume.info.contents.objects
     if isinstance(location, DirectoryLocation):
         from polefs.objects.directory import DirectoryStore
@@ -170,7 +160,7 @@ async def open_objects(
     from polefs.objects.s3operate import DEADLINE
 
     try:
-        store = await S3Store.open(location, deadline=seconds)
+        store = await S3Store.open(location, deadline=OPEN_SECONDS if out_of_reach is None else MOUNT_SECONDS)
         try:
             await check(store, volume.info.uuid)
         except StoreError as error:
@@ -184,7 +174,7 @@ async def open_objects(
             raise
     except OSError as error:
         raise Refusal(error.errno or errno.EIO, plain(error)) from error
-    store.set_deadline(DEADLINE)
+    store.deadline = deadline or DEADLINE
     return store
 
 

@@ -72,8 +72,8 @@ class ObjectStore(Protocol):
         failed. None when the last one has not."""
         ...
 
-    def set_deadline(self, seconds: float) -> None:
-        """For how long operations, also those under way, make further attempts while the store is out of reach."""
+    def hurry(self, seconds: float) -> None:
+        """The end is near: no operation, also of those under way, makes further attempts for longer than this."""
         ...
 
     async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:

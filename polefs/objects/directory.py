@@ -46,7 +46,7 @@ class DirectoryStore:
         # _open is used by the event loop and by the threads.
         self._lock = threading.Lock()
 
-    def set_deadline(self, seconds: float) -> None:
+    def hurry(self, seconds: float) -> None:
         """It is never out of reach."""
 
     async def put(self, key: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:

@@ -54,12 +54,17 @@ class S3Store:
 
     @property
     def deadline(self) -> float:
-        """Seconds, after which an operation makes no further attempt. Starts at that of ``open``."""
+        """Seconds, after which an operation makes no further attempt."""
         return self._operator.deadline
 
-    def set_deadline(self, seconds: float) -> None:
+    @deadline.setter
+    def deadline(self, seconds: float) -> None:
         self._operator.deadline = seconds
-        self.plane.limit_silence(seconds)
+
+    def hurry(self, seconds: float) -> None:
+        self._operator.hurry(seconds)
+        if self.away_since is not None:
+            self.plane.limit_silence(seconds)
 
     @property
     def away_since(self) -> float | None:
@@ -111,9 +116,7 @@ class S3Store:
                 resources.push_async_callback(plane.close)
             except Exception as error:
                 raise explain(error, location.url) from error
-            store = cls(location, client, plane, resources.pop_all(), deadline)
-            store.set_deadline(deadline)
-            return store
+            return cls(location, client, plane, resources.pop_all(), deadline)
         raise AssertionError
 
     async def put(self, key: str, parts: Sequence[Buffer]) -> None:

@@ -24,6 +24,9 @@ _ATTEMPT_SECONDS: Final = 20.0
 """Of one attempt, and a second more for each 64 KiB that it transfers: a connection that trickles is given up for
 another."""
 
+_ATTEMPT_MIN = 5.0
+"""What it may at least take, whatever the deadline: a server that is busy is not taken for dead."""
+
 _RATE_MIN: Final = 64 << 10
 """Bytes a second; what is slower than this is given up."""
 
@@ -40,9 +43,9 @@ class Operator:
     def __init__(self, name: str, deadline: float) -> None:
         """``name``: of the store, for the log."""
         self._name = name
-        self._deadline = deadline
+        self.deadline = deadline
         self._hurry = asyncio.Event()
-        """Set when the deadline has become another: who pauses looks at it again."""
+        """Set when the deadline comes nearer: who pauses makes one more attempt."""
         self._troubled = False
         self.away_since: float | None = None
         """When the first of the attempts began that have failed since the last one that reached the server, in the
@@ -60,12 +63,17 @@ class Operator:
 
     @property
     def deadline(self) -> float:
-        """Seconds after which an operation makes no further attempt. May be changed at any time, also for those that
-        are under way."""
+        """Seconds after which an operation makes no further attempt."""
         return self._deadline
 
     @deadline.setter
     def deadline(self, seconds: float) -> None:
+        self._deadline = seconds
+        self._attempt = min(_ATTEMPT_SECONDS, max(seconds, _ATTEMPT_MIN))
+
+    def hurry(self, seconds: float) -> None:
+        """From now on this is the deadline, also of operations that are under way: each makes one more attempt if it is
+        over."""
         self._deadline = seconds
         self._hurry.set()
         self._hurry = asyncio.Event()
@@ -79,7 +87,7 @@ class Operator:
             loop = asyncio.get_running_loop()
             began = loop.time()
             try:
-                async with asyncio.timeout(min(_ATTEMPT_SECONDS, self._deadline) + size / _RATE_MIN):
+                async with asyncio.timeout(self._attempt + size / _RATE_MIN):
                     result = await attempt()
             except Exception as error:
                 known = explain(error, url)

@@ -34,13 +34,18 @@ def proxy(s3_server: SeaweedServer) -> Iterator[FaultProxy]:
 
 @contextlib.contextmanager
 def volumes(server: SeaweedServer, watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[MakeVolume]:
-    """Makes volumes whose contents are in a place of their own in the bucket; arguments are options of ``format``. They
-    are unmounted and checked at the end, unless the test has failed."""
+    """Makes volumes whose contents are in a place of their own in the bucket; arguments are options of ``format``, and
+    ``disk`` is where the volume's directory is. They are unmounted and checked at the end, unless the test has
+    failed."""
     scratch = Path(tempfile.mkdtemp(prefix="polefs-s3-", dir=os.environ.get("POLEFS_TEST_DIR")))
     made: list[S3Volume] = []
 
-    def make(*options: str, mount: tuple[str, ...] = (), endpoint: str | None = None) -> S3Volume:
+    def make(
+        *options: str, mount: tuple[str, ...] = (), endpoint: str | None = None, disk: Path | None = None
+    ) -> S3Volume:
         volume = S3Volume(scratch / str(len(made)), watchdog, server.new_place(), endpoint)
+        if disk is not None:
+            volume.path = disk / "volume"
         made.append(volume)
         volume.mount_options = [*mount]
         volume.format(*options)

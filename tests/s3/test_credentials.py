@@ -85,10 +85,10 @@ def test_a_source_that_fails_for_a_moment(s3_place: Place, process: Path, monkey
     async def work(store: S3Store) -> None:
         await store.put("k", [b"abc"])
         (process / "answer").write_text(answer(SECRET_KEY, timedelta(seconds=-1)))
-        store.set_deadline(0.5)
+        store.deadline = 0.5
         with pytest.raises(StoreError, match="cannot get credentials"):
             await store.get("k", 0, 3)
-        store.set_deadline(60.0)
+        store.deadline = 60.0
         (process / "answer").write_text(answer(SECRET_KEY, timedelta(hours=5)))
         assert await store.get("k", 0, 3) == b"abc"
 

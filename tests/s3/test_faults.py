@@ -31,6 +31,12 @@ PASSING = [
 
 
 @pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not answer is given up as soon as the deadline says."""
+    monkeypatch.setattr("polefs.objects.s3operate._ATTEMPT_MIN", 0.1)
+
+
+@pytest.fixture
 def place(s3_place: Place, proxy: FaultProxy) -> Place:
     return msgspec.structs.replace(s3_place, endpoint=proxy.endpoint)
 
@@ -151,14 +157,16 @@ def test_the_server_is_down_and_comes_back(place: Place, proxy: FaultProxy) -> N
         (Fault.NONSENSE, errno.EPROTO, "the answer is no HTTP: check --endpoint"),
     ],
 )
-def test_the_deadline_and_its_reason(place: Place, proxy: FaultProxy, fault: Fault, number: int, says: str) -> None:
+def test_the_deadline_and_its_reason(
+    place: Place, proxy: FaultProxy, hasty: None, fault: Fault, number: int, says: str
+) -> None:
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY[:1000]])
         proxy.inject(fault)
-        store.set_deadline(1.0)
+        store.deadline = 1.0
         with pytest.raises(StoreError, match=says) as caught:
             await store.get("k", 0, 1000)
-        store.set_deadline(60.0)
+        store.deadline = 60.0
         assert caught.value.errno == number
         assert caught.value.transient
         assert store.away_since is not None
@@ -170,17 +178,18 @@ def test_the_deadline_and_its_reason(place: Place, proxy: FaultProxy, fault: Fau
 
 
 @pytest.mark.parametrize("fault", [Fault.HANG, Fault.RESET, Fault.INTERNAL_ERROR])
-def test_a_shorter_deadline_counts_at_once(place: Place, proxy: FaultProxy, fault: Fault) -> None:
-    """Also for an object that would have minutes for its bytes, and whatever operations are waiting for."""
+def test_at_the_end_a_server_that_is_away_is_given_up_at_once(place: Place, proxy: FaultProxy, fault: Fault) -> None:
+    """Also an object that would have minutes for its bytes, and whatever operations are waiting for."""
 
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY])
-        store.set_deadline(1e9)
+        store.deadline = 1e9
+        proxy.inject(Fault.RESET, times=2)
         proxy.inject(fault)
         waiting = [asyncio.create_task(store.put("k2", [bytes(16 << 20)])), asyncio.create_task(store.get("k", 0, 9))]
         await asyncio.wait(waiting, timeout=0.5)
         await asyncio.to_thread(proxy.wait_for, fault)
-        store.set_deadline(0.2)
+        store.hurry(0.2)
         found = await asyncio.gather(*waiting, return_exceptions=True)
         assert all(isinstance(error, StoreError) and error.transient for error in found)
 
@@ -205,6 +214,7 @@ def test_a_connection_that_trickles_is_given_up_for_another(
     async def work(store: S3Store) -> None:
         await store.put("k", [BODY[:10_000]])
         monkeypatch.setattr("polefs.objects.s3operate._ATTEMPT_SECONDS", 2.0)
+        store.deadline = 60.0
         proxy.inject(Fault.TRICKLE, method="GET", times=1)
         assert await store.get("k", 0, 10_000) == BODY[:10_000]
         assert proxy.tally.faults[Fault.TRICKLE] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ MakeVolume = Callable[..., S3Volume]
 
 MIB = 1 << 20
 SHORT = ("-o", "store_timeout=1s")
-"""For tests that wait for the errors."""
+"""For mounts during an outage that get errors."""
 
 FAULTS = [None, Fault.HANG, Fault.SKEWED_CLOCK]
 """None: connections are refused."""
@@ -41,6 +42,17 @@ def synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_when_it_is_back(fd: int) -> None:
+    """fsync, again and again while it fails because the server has not been found again."""
+    for _ in range(60):
+        try:
+            os.fsync(fd)
+            return
+        except TimeoutError:
+            pass
+    os.fsync(fd)
+
+
 def read_all(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.iterdir()}
 
@@ -55,7 +67,7 @@ def from_the_bucket(volume: S3Volume) -> dict[str, bytes]:
 
 def test_errors_after_the_deadline_and_nothing_lost(proxy: FaultProxy, make_volume: MakeVolume) -> None:
     """fsync and reads of what is not cached fail, everything else goes on; afterwards all is as if nothing had been."""
-    volume = make_volume(endpoint=proxy.endpoint, mount=SHORT)
+    volume = make_volume(endpoint=proxy.endpoint)
     volume.start()
     contents = {name: os.urandom(200_000) for name in ("far", "near", "late")}
     synced(volume.root / "far", contents["far"])
@@ -63,7 +75,10 @@ def test_errors_after_the_deadline_and_nothing_lost(proxy: FaultProxy, make_volu
     volume.lose_local()
     volume.start()
     synced(volume.root / "near", contents["near"])
+    volume.stop()
     proxy.refuse()
+    volume.mount_options = [*SHORT]
+    volume.start()
     with fails(errno.ETIMEDOUT):
         (volume.root / "far").read_bytes()
     assert (volume.root / "near").read_bytes() == contents["near"]
@@ -77,10 +92,10 @@ def test_errors_after_the_deadline_and_nothing_lost(proxy: FaultProxy, make_volu
         (volume.root / "late").rename(volume.root / "later")
         contents["later"] = contents.pop("late")
         proxy.accept()
-        os.fsync(other.fileno())
-    assert read_all(volume.root) == contents
+        sync_when_it_is_back(other.fileno())
     volume.kill()
     volume.lose_local()
+    volume.mount_options = []
     volume.start()
     assert read_all(volume.root) == contents
 
@@ -151,7 +166,7 @@ def test_unmounting_says_what_is_left_and_the_next_mount_goes_on(proxy: FaultPro
     volume.start()
     assert read_all(volume.root) == {"file": data, "more": data[::-1]}
     proxy.accept()
-    polefs("flush", volume.root)
+    volume.mount_options = []
     assert from_the_bucket(volume) == {"file": data, "more": data[::-1]}
 
 
@@ -227,3 +242,40 @@ def test_the_server_is_killed_and_comes_back(make_volume: MakeVolume, s3_server:
     volume.start()
     found = read_all(volume.root)
     assert {name: found[name] for name in contents} == contents
+
+
+@pytest.fixture
+def small_disk(fuse_namespace: None, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,huge=never", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def test_a_full_disk_waits_for_the_bucket(small_disk: Path, proxy: FaultProxy, make_volume: MakeVolume) -> None:
+    """Far more is written than there is room for; only while the bucket is away there comes a time for ENOSPC."""
+    volume = make_volume(endpoint=proxy.endpoint, disk=small_disk, mount=("--dirty-limit", "1G"))
+    volume.start()
+    contents = {str(number): os.urandom(5 * MIB) for number in range(20)}
+    contents |= {f"small{number}": os.urandom(50_000) for number in range(400)}
+    for name, data in contents.items():
+        (volume.root / name).write_bytes(data)
+    volume.stop()
+    proxy.refuse()
+    volume.mount_options += SHORT
+    volume.start()
+    # The cache gives way, and then there is nothing more that could.
+    written = 0
+    with fails(errno.ENOSPC), open(volume.root / "last", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(MIB))
+            written += 1
+    assert written > 20
+    # Removing needs no room.
+    (volume.root / "last").unlink()
+    (volume.root / "1").write_bytes(b"over")
+    contents["1"] = b"over"
+    proxy.accept()
+    assert from_the_bucket(volume) == contents
