@@ -98,7 +98,8 @@ class FramedSegments:
         """The contents of the frames ``[first, last)``, each as a whole."""
         base = table.stored_start(first)
         length = table.stored_start(last) - base
-        async with self._budget.hold(length + table.start(last) - table.start(first)):
+        decoded = table.start(last) - table.start(first) if table.coding else 0
+        async with self._budget.hold(length + decoded):
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
                     stored = await self._objects.get(segment_key(table.segment), base, length)

@@ -21,7 +21,7 @@ from polefs.data.cache.landed import Landed, LandedRange
 from polefs.data.cache.neighbours import Neighbours
 from polefs.data.cache.rangeset import Range, RangeSet
 from polefs.data.cache.store import CachedFile, CacheLimits, ContentCache
-from polefs.data.cache.streams import REGION, Streams
+from polefs.data.cache.streams import Streams
 from polefs.data.extentcache import ExtentCache
 from polefs.data.fetch import FramedSegments
 from polefs.data.frames import FRAME_MAX, Buffer
@@ -43,8 +43,11 @@ _ATTEMPTS: Final = 8
 
 _THREADS: Final = 4
 
+_REGIONS: Final = 2
+"""Fetched at a time because of scattered reads."""
+
 _SMALL: Final = 256 << 10
-"""Files up to this size are fetched whole, bytes."""
+"""Files up to this size are fetched whole, bytes; of others no less than a frame is."""
 
 
 class _Flight:
@@ -96,6 +99,7 @@ class CachedContents:
         self.cache = ContentCache(directory, self._threads, limits, Reading)
         self._budget = budget
         self._landed = Landed(budget)
+        self._regions = asyncio.Semaphore(_REGIONS)
         self._neighbours = Neighbours(segments, budget.share(budget.limit // 2))
         self._tasks: set[asyncio.Task[None]] = set()
         self.hits = 0
@@ -137,7 +141,7 @@ class CachedContents:
 
     async def _read(self, inode: Inode, start: int, end: int) -> list[Buffer]:
         file = await self.cache.open(inode.ino, inode.size)
-        extents = await self._look_up(inode, start & -REGION, min(_up(end, REGION), _up(inode.size)))
+        extents = await self._look_up(inode, start & -_SMALL, min(_up(end, _SMALL), _up(inode.size)))
         # From here to the last flight nothing is awaited: metadata, generation and valid ranges belong together.
         if file is None or file.changing or file.gone:
             self.misses += end - start
@@ -155,6 +159,7 @@ class CachedContents:
         streams = file.reading.streams
         small = inode.size <= _SMALL
         ahead = None if small else streams.note(start, end)
+        region: Range | None = None
         missing = _missing(file, extents, start & -BLOCK, _up(end))
         lacking = sum(min(high, end) - max(low, start) for low, high in missing)
         self.misses += lacking
@@ -163,14 +168,15 @@ class CachedContents:
             low, high = missing[0][0], missing[-1][1]
             if small:
                 low, high = 0, _up(inode.size)
-            elif (region := None if ahead else streams.region(low)) is not None and region[1] >= high:
-                low, high = region
             else:
+                region = None if ahead else streams.region(low)
                 low, high = low & -FRAME_MAX, _up(high, FRAME_MAX)
             high = min(high, _up(inode.size))
             segments = self._neighbours if small else self._segments
             for each in _missing(file, extents, low, high):
                 self._board(file, segments, extents, *each)
+            if region is not None:
+                self._start(self._fetch_region(file, *region))
         if ahead is not None and ahead[0] < inode.size:
             self._start(self._fetch_ahead(inode.ino, *ahead))
         found: list[Buffer] = []
@@ -285,6 +291,14 @@ class CachedContents:
                         return
                     self._launch(file, self._segments, extents, low, stop, paid=True)
                     low = stop
+
+    async def _fetch_region(self, file: CachedFile[Reading], start: int, end: int) -> None:
+        """Fetch what scattered reads will want. A few at a time, so that the reads themselves come first."""
+        async with self._regions:
+            await self._fetch_ahead(file.ino, start, end)
+            flights = [flight for flight in file.reading.flights if flight.start < end and flight.end > start]
+            if flights:
+                await asyncio.wait([flight.done for flight in flights])
 
     def _launch(
         self,

@@ -19,9 +19,12 @@ _ALIGNED: Final = 4 << 20
 _TOLERANCE: Final = 128 << 10
 """So far from where it is expected a read may be and still be the next one: pages that the kernel has are left out."""
 
-REGION: Final = 1 << 20
-_REGIONS: Final = 64
+_REGION: Final = 4 << 20
+_REGIONS: Final = 512
 """Regions of the last scattered reads, bytes and number."""
+
+_DENSE: Final = 8
+"""So many second reads in a region, and one region in four: the others are fetched at the first one."""
 
 
 class _Stream:
@@ -38,11 +41,14 @@ class _Stream:
 class Streams:
     """The readers of one file."""
 
-    __slots__ = ("_regions", "_streams")
+    __slots__ = ("_dense", "_regions", "_streams")
 
     def __init__(self) -> None:
         self._streams: list[_Stream] = []
-        self._regions: dict[int, None] = {}
+        self._regions: dict[int, bool] = {}
+        """Whether they are being fetched."""
+        self._dense = 0.0
+        """Regions in which a second read found nothing, of those."""
 
     def note(self, start: int, end: int) -> Range | None:
         """A read of this range: what is to be fetched ahead of it now, if anything."""
@@ -86,13 +92,22 @@ class Streams:
         for stream in self._streams:
             if stream.ahead > at:
                 stream.ahead = max(stream.position, at)
+        self._regions.pop(at // _REGION, None)
 
     def region(self, start: int) -> Range | None:
-        """A scattered read at ``start`` found nothing: the region to fetch instead, when it is the second one there."""
-        region = start // REGION
-        if region in self._regions:
-            return region * REGION, (region + 1) * REGION
-        if len(self._regions) == _REGIONS:
-            del self._regions[next(iter(self._regions))]
-        self._regions[region] = None
-        return None
+        """A scattered read at ``start`` found nothing: the region to fetch as well, when it is the second one there, or
+        when the reads of this file are so dense that there will be a second one."""
+        region = start // _REGION
+        fetched = self._regions.get(region)
+        if fetched:
+            return None
+        if fetched is None:
+            if len(self._regions) == _REGIONS:
+                del self._regions[next(iter(self._regions))]
+                self._dense *= 1 - 1 / _REGIONS
+            self._regions[region] = False
+            if self._dense < max(_DENSE, len(self._regions) / 4):
+                return None
+        self._dense += 1
+        self._regions[region] = True
+        return region * _REGION, (region + 1) * _REGION
