@@ -21,7 +21,9 @@ from polefs.meta.remote import RemoteMeta
 from polefs.meta.server import MetaServer, Served
 from polefs.meta.service import MetaService
 from polefs.meta.store.base import Reader
+from polefs.meta.store.postgres import PostgresStore
 from polefs.meta.store.sqlite import SqliteStore
+from tests.postgres.server import PostgresServer
 
 ROOT = Caller(0, 0)
 FILE = stat.S_IFREG | 0o644
@@ -93,18 +95,15 @@ class Relay:
 class Place:
     """A service with one volume, and the relay before it."""
 
-    def __init__(self, path: Path, lease: float, tokens: dict[str, str | None]) -> None:
+    def __init__(self, path: Path, dsn: str | None, lease: float, tokens: dict[str, str | None]) -> None:
         self._path = path
+        self._dsn = dsn
         self._lease = lease
         self._tokens = tokens
         self.relay = Relay()
 
     async def start(self) -> None:
-        database = str(self._path / "meta.db")
-        try:
-            self.store = SqliteStore.create(database, name="files")
-        except FileExistsError:
-            self.store = SqliteStore.open(database)
+        self.store = await self._open()
         self._server = MetaServer({"files": Served(self.store, **self._tokens)}, lease=self._lease)
         await self._server.start()
         self._runner = web.AppRunner(self._server.application, shutdown_timeout=0.0)
@@ -113,6 +112,15 @@ class Place:
         self.direct = self._runner.addresses[0][1]
         self.relay.target = self.direct
         self.meta = MetaService(self.store)
+
+    async def _open(self) -> SqliteStore | PostgresStore:
+        database = str(self._path / "meta.db")
+        try:
+            if self._dsn is None:
+                return SqliteStore.create(database, name="files")
+            return await PostgresStore.create(self._dsn, name=database)
+        except FileExistsError:
+            return SqliteStore.open(database) if self._dsn is None else await PostgresStore.open(self._dsn, database)
 
     async def stop(self) -> None:
         self.relay.cut()
@@ -133,8 +141,8 @@ class Place:
 
 
 @asynccontextmanager
-async def serving(path: Path, lease: float, tokens: dict[str, str | None]) -> AsyncIterator[Place]:
-    place = Place(path, lease, tokens)
+async def serving(path: Path, dsn: str | None, lease: float, tokens: dict[str, str | None]) -> AsyncIterator[Place]:
+    place = Place(path, dsn, lease, tokens)
     await place.relay.start()
     await place.start()
     try:
@@ -144,9 +152,24 @@ async def serving(path: Path, lease: float, tokens: dict[str, str | None]) -> As
         await place.relay.close()
 
 
-def run(path: Path, work: Callable[[Place], Awaitable[None]], lease: float = LONG, **tokens: str | None) -> None:
+@pytest.fixture(params=["sqlite", "postgres"])
+def dsn(request: pytest.FixtureRequest) -> str | None:
+    """Where the metadata are: in PostgreSQL; None: in SQLite."""
+    if request.param == "sqlite":
+        return None
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.dsn()
+
+
+def run(
+    path: Path,
+    work: Callable[[Place], Awaitable[None]],
+    lease: float = LONG,
+    dsn: str | None = None,
+    **tokens: str | None,
+) -> None:
     async def whole() -> None:
-        async with asyncio.timeout(120), serving(path, lease, tokens) as place:
+        async with asyncio.timeout(120), serving(path, dsn, lease, tokens) as place:
             await work(place)
 
     asyncio.run(whole())
@@ -163,7 +186,7 @@ async def names(meta: RemoteMeta | MetaService) -> list[bytes]:
     return [dentry.name for dentry in await meta.list_dir(ROOT_INO, 0, 10_000)]
 
 
-def test_every_operation(tmp_path: Path) -> None:
+def test_every_operation(tmp_path: Path, dsn: str | None) -> None:
     async def work(place: Place) -> None:
         meta = await place.connect()
         made = await meta.make_node(ROOT, ROOT_INO, b"f", FILE, 0o022)
@@ -199,10 +222,10 @@ def test_every_operation(tmp_path: Path) -> None:
         await meta.sync()
         await meta.close()
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_errors_travel(tmp_path: Path) -> None:
+def test_errors_travel(tmp_path: Path, dsn: str | None) -> None:
     async def work(place: Place) -> None:
         meta = await place.connect()
         assert await refused(meta.lookup(ROOT_INO, b"none")) == errno.ENOENT
@@ -213,10 +236,10 @@ def test_errors_travel(tmp_path: Path) -> None:
         await meta.close()
         assert await refused(meta.get_inode(ROOT_INO)) == errno.ESHUTDOWN
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_many_at_a_time_keep_their_order(tmp_path: Path) -> None:
+def test_many_at_a_time_keep_their_order(tmp_path: Path, dsn: str | None) -> None:
     async def work(place: Place) -> None:
         meta = await place.connect()
         made = await asyncio.gather(
@@ -226,10 +249,10 @@ def test_many_at_a_time_keep_their_order(tmp_path: Path) -> None:
         assert await names(meta) == [b"%05d" % number for number in range(len(made))]
         await meta.close()
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_cuts_neither_lose_nor_repeat(tmp_path: Path) -> None:
+def test_cuts_neither_lose_nor_repeat(tmp_path: Path, dsn: str | None) -> None:
     """Exclusive creation fails when it is done twice."""
 
     async def work(place: Place) -> None:
@@ -256,10 +279,10 @@ def test_cuts_neither_lose_nor_repeat(tmp_path: Path) -> None:
         )
         await meta.close()
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_restarts_neither_lose_nor_repeat(tmp_path: Path) -> None:
+def test_restarts_neither_lose_nor_repeat(tmp_path: Path, dsn: str | None) -> None:
     """The service stops with replies on their way, and the next one answers from what the store remembers."""
 
     async def work(place: Place) -> None:
@@ -291,7 +314,7 @@ def test_restarts_neither_lose_nor_repeat(tmp_path: Path) -> None:
         await meta.close()
         assert await place.store.read(_sessions_and_replies) == (0, 0)
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
 async def _sessions_and_replies(tx: Reader) -> tuple[int, int]:
@@ -306,7 +329,7 @@ async def inode_exists(place: Place, ino: int) -> bool:
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_an_open_file_lives_until_the_last_session_closes_it(tmp_path: Path, restart: bool) -> None:
+def test_an_open_file_lives_until_the_last_session_closes_it(tmp_path: Path, dsn: str | None, restart: bool) -> None:
     async def work(place: Place) -> None:
         one, two, three = [await place.connect(info=str(n)) for n in range(3)]
         ino = (await one.make_node(ROOT, ROOT_INO, b"f", FILE, 0)).ino
@@ -334,10 +357,10 @@ def test_an_open_file_lives_until_the_last_session_closes_it(tmp_path: Path, res
             await session.close()
         assert (await place.meta.usage()).inodes == 1
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_the_end_of_a_session_releases_what_it_used(tmp_path: Path) -> None:
+def test_the_end_of_a_session_releases_what_it_used(tmp_path: Path, dsn: str | None) -> None:
     async def work(place: Place) -> None:
         one, two = await place.connect(), await place.connect()
         inos = [(await one.make_node(ROOT, ROOT_INO, b"%d" % n, FILE, 0)).ino for n in range(300)]
@@ -353,10 +376,10 @@ def test_the_end_of_a_session_releases_what_it_used(tmp_path: Path) -> None:
         assert not await inode_exists(place, unnamed.ino)
         await one.close()
 
-    run(tmp_path, work)
+    run(tmp_path, work, dsn=dsn)
 
 
-def test_a_session_that_is_over(tmp_path: Path) -> None:
+def test_a_session_that_is_over(tmp_path: Path, dsn: str | None) -> None:
     """Whoever was away for longer than the lease cannot know what became of what was under way."""
     lost: list[bool] = []
 
@@ -376,7 +399,7 @@ def test_a_session_that_is_over(tmp_path: Path) -> None:
         await meta.close()
         assert lost == [True]
 
-    run(tmp_path, work, lease=0.5)
+    run(tmp_path, work, dsn=dsn, lease=0.5)
 
 
 def test_out_of_reach(tmp_path: Path) -> None:
