@@ -22,7 +22,8 @@ from polefs.meta.store.postgres.database import VolumeRow, create_volume, find_v
 from polefs.meta.store.postgres.layers import NOTHING, Answers, Batch, Caches, Known, Miss, Want
 from polefs.meta.store.postgres.queries import Fetch
 from polefs.meta.store.postgres.rounds import Rounds
-from polefs.meta.store.postgres.transaction import Numbers, PostgresTransaction
+from polefs.meta.store.postgres.rows import Numbers
+from polefs.meta.store.postgres.transaction import PostgresTransaction
 from polefs.meta.store.postgres.writer import Deposed, State, Writer, clock
 from polefs.meta.store.turn import Commit
 
