@@ -178,7 +178,7 @@ class MetaAPI(Protocol):
 
     async def lost_segments(self, ids: Sequence[int]) -> list[int]:
         """Those of these ids that no segment has, and that nobody else may commit any more. Those that this session has
-        reserved itself are its own to know."""
+        reserved itself are its own to know. EOPNOTSUPP where others use the volume and that is not known."""
         ...
 
     async def segment_usage(self, after: int, limit: int) -> list[tuple[int, int, int]]:

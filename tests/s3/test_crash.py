@@ -163,7 +163,8 @@ class Crashes:
 @pytest.mark.parametrize("configuration", ROUNDS)
 def test_kill_under_load(make_mortal: MakeVolume, mortal_server: SeaweedServer, configuration: str) -> None:
     """Rounds of random length: some longer than the time after which data is written back."""
-    volume = make_mortal(*CONFIGURATIONS[configuration])
+    # Garbage is collected all the time, and at once.
+    volume = make_mortal(*CONFIGURATIONS[configuration], "--grace", "0", mount=("-o", "gc_interval=0.3s"))
     volume.start()
     seed = random.randrange(1 << 30) if STRESS else 1
     print(f"seed {seed}")
