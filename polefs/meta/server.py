@@ -20,7 +20,7 @@ from aiohttp import web
 from polefs.meta import protocol
 from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Uses, Welcome
 from polefs.meta.sessions import REQUEST, ClientSession, Sessions
-from polefs.meta.store.base import Store
+from polefs.meta.store.base import Deposed, Store
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,12 @@ class _Client:
             if self.session.row.read_only and not operation.harmless:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS))
             result = msgspec.Raw(protocol.encode(await getattr(self.session.meta, operation.name)(*values)))
+        except Deposed:
+            # Not ours to answer: the client comes back to the server that can.
+            del self._running[id_]
+            if self.connection is not None:
+                await self.connection.close()
+            return
         except OSError as error:
             code, result = error.errno or errno.EIO, msgspec.Raw(protocol.encode(error.strerror or str(error)))
         except Exception:

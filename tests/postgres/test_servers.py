@@ -21,7 +21,7 @@ from tests.unit.meta_helpers import fails
 def test_one_server_is_active(postgres_server: PostgresServer) -> None:
     async def test() -> None:
         dsn = postgres_server.dsn()
-        async with volume(dsn, lease=1.0, who="the first") as first:
+        async with volume(dsn, lease=6.0, who="the first") as first:
             name = first.store.name
             with pytest.raises(OSError, match="the first") as caught:
                 await PostgresStore.open(dsn, name)
@@ -82,9 +82,9 @@ def test_force_deposes_at_once(postgres_server: PostgresServer) -> None:
 def test_of_many_that_stand_by_one_takes_over(postgres_server: PostgresServer) -> None:
     async def test() -> None:
         dsn = postgres_server.dsn()
-        async with volume(dsn, lease=0.2) as first:
+        async with volume(dsn) as first:
             name = first.store.name
-        opened = [asyncio.ensure_future(PostgresStore.open(dsn, name, wait=True, lease=0.2)) for _ in range(4)]
+        opened = [asyncio.ensure_future(PostgresStore.open(dsn, name, wait=True, lease=30.0)) for _ in range(4)]
         served: list[bytes] = []
         while opened:
             done, _ = await asyncio.wait(opened, return_when=asyncio.FIRST_COMPLETED)

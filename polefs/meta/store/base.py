@@ -12,6 +12,8 @@ functions; all others are coroutines, so that a store across a network fits. On 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Concatenate, Final, ParamSpec, Protocol, TypeVar
 
@@ -23,6 +25,14 @@ P = ParamSpec("P")
 
 class FormatError(Exception):
     """The database is no polefs volume, or one of a format that this version does not know."""
+
+
+class Deposed(OSError):
+    """Another process serves the volume now (ESTALE): what was asked for may be asked of that one, and what was under
+    way it knows of if it was done."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 class Session:

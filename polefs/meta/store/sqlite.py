@@ -21,6 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from polefs.meta.model import Inode, Usage
 from polefs.meta.store import database, schema
+from polefs.meta.store.base import Deposed
 from polefs.meta.store.database import os_error
 from polefs.meta.store.redo import Redo
 from polefs.meta.store.transaction import Caches, SqliteTransaction
@@ -297,7 +298,7 @@ class SqliteStore:
 
     def _check_session(self) -> None:
         if self._fenced:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise Deposed
 
     def end_turn(self) -> None:
         """Acknowledge now what the operations of this turn have changed; they go on within the call. Not for

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import asyncpg
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
+from polefs.meta.store.base import Deposed
 from polefs.meta.store.postgres.tables import SCHEMA
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def is_lost(error: BaseException) -> bool:
     """The server or the way to it is away; what was sent may have been done."""
     if isinstance(error, asyncpg.PostgresError):
         return bool(error.sqlstate) and error.sqlstate.startswith(_LOST)
-    return isinstance(error, FAILURES)
+    return isinstance(error, FAILURES) and not isinstance(error, Deposed)
 
 
 def os_error(error: BaseException) -> OSError:

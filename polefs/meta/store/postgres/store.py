@@ -17,14 +17,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from polefs.meta.model import Inode, Usage
+from polefs.meta.store.base import Deposed
 from polefs.meta.store.postgres.connection import Connections
 from polefs.meta.store.postgres.database import VolumeRow, create_volume, find_volume, open_database
-from polefs.meta.store.postgres.layers import NOTHING, Answers, Batch, Caches, Known, Miss, Want
+from polefs.meta.store.postgres.layers import NOTHING, Batch, Caches, Known, Miss, Want
 from polefs.meta.store.postgres.queries import Fetch
 from polefs.meta.store.postgres.rounds import Rounds
 from polefs.meta.store.postgres.rows import Numbers
 from polefs.meta.store.postgres.transaction import PostgresTransaction
-from polefs.meta.store.postgres.writer import Deposed, State, Writer, clock
+from polefs.meta.store.postgres.writer import State, Writer, clock
 from polefs.meta.store.turn import Commit
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class PostgresStore:
         """``end_turn`` is going to be called."""
         self._failed = False
         """A commit has failed: what the database holds is to be found out."""
-        self._deposed = False
+        self._deposed = asyncio.Event()
         self._closed = False
         self._tx = PostgresTransaction(self._known, self._usage, self._numbers)
         self._load(state)
@@ -158,7 +159,7 @@ class PostgresStore:
     # Reading
 
     def cached_inode(self, ino: int) -> Inode | None:
-        return self._shown(ino) if clock() < self._writer.valid_until else None
+        return self._shown(ino) if clock() < self._writer.valid_until and not self.read_only else None
 
     def _shown(self, ino: int) -> Inode | None:
         for layer in self._known.layers:
@@ -167,7 +168,7 @@ class PostgresStore:
         return self._caches.inode(ino)
 
     def cached_entry(self, parent: int, name: bytes) -> Inode | None:
-        if clock() >= self._writer.valid_until:
+        if clock() >= self._writer.valid_until or self.read_only:
             return None
         for layer in self._known.layers:
             if not layer.committed and name in layer.names.get(parent, ()):
@@ -178,6 +179,9 @@ class PostgresStore:
     async def read(
         self, body: Callable[Concatenate[PostgresTransaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
+        if self.read_only:
+            # Others write.
+            self._known.forget()
         return await self._run(body, False, *args, **kwargs)
 
     async def write(
@@ -202,7 +206,7 @@ class PostgresStore:
             if clock() >= self._writer.valid_until or self._closed:
                 await self._ready()
             if wants and answers.serial <= self._rounds.over:
-                answers = await self._ask(wants)
+                answers = await self._rounds.ask(wants)
                 continue
             tx.begin(answers)
             try:
@@ -210,7 +214,7 @@ class PostgresStore:
             except Miss as miss:
                 tx.take_back()
                 wants.update(miss.wants)
-                answers = await self._ask(wants)
+                answers = await self._rounds.ask(wants)
                 continue
             except OSError as error:
                 seen, changed = tx.depends, tx.rows
@@ -234,12 +238,6 @@ class PostgresStore:
             except _Again:
                 continue
             return result
-
-    async def _ask(self, wants: set[Want]) -> Answers:
-        if self.read_only:
-            # Others write.
-            self._known.forget()
-        return await self._rounds.ask(wants)
 
     async def _is_settled(self, batch: Batch) -> bool:
         """Wait until a batch is committed; False when it was not to be."""
@@ -289,10 +287,9 @@ class PostgresStore:
         except asyncio.CancelledError:
             self._fail(batch, OSError(errno.EIO, os.strerror(errno.EIO)))
             raise
-        except Deposed:
-            log.critical("volume %s: another server has become active", self.name)
-            self._deposed = True
-            self._fail(batch, OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+        except Deposed as error:
+            self._lost()
+            self._fail(batch, error)
         except Exception as error:
             log.error("volume %s: a commit failed: %s", self.name, error)
             failure = error if isinstance(error, OSError) else OSError(errno.EIO, os.strerror(errno.EIO))
@@ -321,12 +318,12 @@ class PostgresStore:
     # The lease
 
     async def _ready(self) -> None:
-        """Returns once the volume is ours for certain. ESTALE when it is another server's, EROFS after ``close``, and
-        the database's failure."""
+        """Returns once the volume is ours for certain. ``Deposed`` when it is another server's, EROFS after ``close``,
+        and the database's failure."""
         if self._closed:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if self._deposed:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if self._deposed.is_set():
+            raise Deposed
         if self._failed:
             await asyncio.shield(self._recovering())
             return
@@ -351,9 +348,8 @@ class PostgresStore:
         try:
             state = await self._writer.take_again(self._connections)
         except (Deposed, FileNotFoundError):
-            log.critical("volume %s: another server has become active", self.name)
-            self._deposed = True
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
+            self._lost()
+            raise Deposed from None
         finally:
             self._recovery = None
         self._known.forget()
@@ -363,7 +359,7 @@ class PostgresStore:
 
     def _beat(self) -> None:
         """Renew the lease when a third of it is over."""
-        if self._deposed:
+        if self._deposed.is_set():
             return
         writer = self._writer
         left = writer.valid_until - clock() - writer.lease * 2 / 3
@@ -375,6 +371,15 @@ class PostgresStore:
                 self.end_turn()
             left = writer.lease / 3
         self._heartbeat = asyncio.get_running_loop().call_later(left, self._beat)
+
+    def _lost(self) -> None:
+        if not self._deposed.is_set():
+            log.critical("volume %s: another server has become active, or the volume has been deleted", self.name)
+            self._deposed.set()
+
+    async def deposed(self) -> None:
+        """Returns when another server has become active: this store is good for nothing more."""
+        await self._deposed.wait()
 
     # The end
 
@@ -410,7 +415,7 @@ class PostgresStore:
             self.end_turn()
             if self._committing is not None:
                 await asyncio.wait([self._committing])
-        if not (self.read_only or self._failed or self._deposed):
+        if not (self.read_only or self._failed or self._deposed.is_set()):
             await self._writer.give_back(self._batch)
 
 

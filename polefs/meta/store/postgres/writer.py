@@ -22,6 +22,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
+from polefs.meta.store.base import Deposed
 from polefs.meta.store.postgres import tables
 from polefs.meta.store.postgres.connection import FAILURES, Connections, again, connect, is_conflict, is_lost, os_error
 from polefs.meta.store.postgres.layers import Batch
@@ -32,13 +33,13 @@ _MARGIN: Final = 1.2
 """How much longer than the lease who stands by waits: clocks may run at different speeds."""
 
 
+_LOOK: Final = 0.5
+"""Seconds between two looks at the volume's row of who stands by."""
+
+
 def clock() -> float:
     """Seconds that go on while the machine sleeps, so that a lease ends there as well."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Deposed(Exception):
-    """Another server has become active, or the volume has been deleted."""
 
 
 class Overtaken(Exception):
@@ -105,8 +106,17 @@ class Writer:
                     return taken
             elif state.holder:
                 # The database tells nobody of a change by any means that all servers of this kind have.
-                await asyncio.sleep(min(patience / 4, max(0.0, seen + patience - clock())))
-            now = await self.read_state(connections)
+                await asyncio.sleep(min(_LOOK, patience / 4, max(0.0, seen + patience - clock())))
+            try:
+                now = await self.read_state(connections)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not wait:
+                    raise
+                log.warning("standing by for volume %s: the database is away: %s", self._name, error)
+                seen = clock()
+                continue
             if (now.epoch, now.batch) != (state.epoch, state.batch):
                 if not wait and not force and now.holder and now.holder[:16] != self._token:
                     who = now.holder[16:].decode(errors="replace")
@@ -164,6 +174,8 @@ class Writer:
         first_sent = clock()
         try:
             await again(self._deadline)(self._attempt, script, batch.number, first_sent)
+        except Deposed:
+            raise
         except (*FAILURES, Overtaken) as error:
             raise os_error(error) from error
 
