@@ -17,6 +17,9 @@ def command(
 ) -> None:
     """Unmount. Returns when everything is written back and the daemon has ended.
 
+    When the bucket is out of reach it ends with an error that says how much could not be written back; that is kept in
+    the volume, and goes up at the next mount.
+
     Also removes the mount of a daemon that was killed; the next mount of its volume brings back all that was written.
 
     Examples:
