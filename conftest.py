@@ -15,7 +15,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes half of the suite's time runs over the plain device alone, and over clones but a part of the rest."""
+    """What takes half of the suite's time runs over the plain device alone, and over clones but a part of the rest;
+    variations of one test run on SQLite alone."""
     kept, dropped = [], []
     for item in items:
         (kept if STRESS or not _only_in_long_runs(item) else dropped).append(item)
@@ -26,6 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _only_in_long_runs(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
+    if callspec is not None and callspec.params.get("new_meta") == "postgres" and len(callspec.params) > 1:
+        # Variations of one rule, which is the same for all stores.
+        return True
     spec = callspec.params.get("target") if callspec is not None else None
     if spec is CLONES:
         return item.path.name not in ("test_data.py", "test_locks.py", "test_unlinked.py")

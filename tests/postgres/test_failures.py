@@ -172,14 +172,14 @@ def test_a_full_database() -> None:
 
     server = PostgresServer()
     space = server.path / "space"
-    mount = f'mount -t tmpfs -o size=24m,uid={server.user},mode=700 none {space} && exec "$@"'
+    mount = f'mount -t tmpfs -o size=16m,uid={server.user},mode=700 none {space} && exec "$@"'
     server._wrapper = ("unshare", "--mount", "--propagation", "private", "sh", "-c", mount, "sh")
     space.mkdir()
     try:
         server.start()
         server.sql(f"CREATE TABLESPACE small LOCATION '{space}'")
         server.sql("CREATE DATABASE small TABLESPACE small")
-        filler().write_bytes(bytes(4 << 20))
+        filler().write_bytes(bytes(3 << 20))
         run(test)
     finally:
         server.discard()

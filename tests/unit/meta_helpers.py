@@ -198,17 +198,20 @@ class Meta:
 class PostgresMeta(Meta):
     """The same on PostgreSQL."""
 
-    def __init__(self, path: Path, dsn: str, **limits: int) -> None:
+    def __init__(
+        self, path: Path, dsn: str, *, cache: tuple[int, int, int] = (65536, 8192, 65536), **limits: int
+    ) -> None:
         self.dsn = dsn
+        self._cache = cache
         super().__init__(path, **limits)
 
     def _start(self, limits: dict[str, int]) -> None:
-        self.store = self.run(PostgresStore.create(self.dsn, name=self.path, **limits))
+        self.store = self.run(PostgresStore.create(self.dsn, name=self.path, cache=self._cache, **limits))
         self.service = MetaService(self.store)
         self.run(self.service.start())
 
     def _open(self) -> None:
-        self.store = self.run(PostgresStore.open(self.dsn, self.path, force=True))
+        self.store = self.run(PostgresStore.open(self.dsn, self.path, force=True, cache=self._cache))
         self.service = MetaService(self.store)
         self.run(self.service.start())
 

@@ -261,7 +261,8 @@ def test_names_against_a_model() -> None:
 def test_names_in_postgresql_against_a_model(postgres_server: PostgresServer) -> None:
     class PostgresNames(Names):
         def new_meta(self, path: Path) -> Meta:
-            return PostgresMeta(path, postgres_server.dsn())
+            # Too small for what one operation reads, so that each asks the database.
+            return PostgresMeta(path, postgres_server.dsn(), cache=(3, 1, 3))
 
     run_state_machine_as_test(
         PostgresNames, settings=settings(max_examples=examples(4), stateful_step_count=40, deadline=None)
