@@ -95,7 +95,13 @@ class GarbageCollector:
                 log.exception("garbage collection failed")
             else:
                 if report.rewritten_segments or report.dead_objects or report.lost_objects or report.uploads:
-                    log.info("garbage collection: %s", report)
+                    log.info(
+                        "garbage collection: %d objects rewritten, %d dead and %d lost ones deleted, %d uploads ended",
+                        report.rewritten_segments,
+                        report.dead_objects,
+                        report.lost_objects,
+                        report.uploads,
+                    )
 
     async def _collect(self, grace: float, dry_run: bool, rate: int | None) -> GarbageReport:
         async with self._lock:

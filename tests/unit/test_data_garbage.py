@@ -272,7 +272,7 @@ def test_what_changes_meanwhile_is_not_brought_back(tmp_path: Path, cached: bool
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("where", ["put", "move_extents", "sync", "delete", "forget_segments", "allocate_segments"])
 def test_a_crash_at_any_step(tmp_path: Path, where: str, after: bool, cached: bool) -> None:
-    for count in (1, 2, 3) if STRESS else (1, 2):
+    for count in (1, 2, 3) if STRESS else (1, 2) if where == "sync" else (1,):
 
         async def work(volume: Volume, count: int = count) -> None:
             contents = await half_dead(volume)
