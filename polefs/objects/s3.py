@@ -112,7 +112,7 @@ class S3Store:
                     )
                 )
                 credentials = await session.get_credentials()
-                plane = await DataPlane.open(client, credentials, config, location.bucket, ca_bundle, connections)
+                plane = await DataPlane.open(client, credentials, location.bucket, ca_bundle, connections)
                 resources.push_async_callback(plane.close)
             except Exception as error:
                 raise explain(error, location.url) from error

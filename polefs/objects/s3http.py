@@ -1,7 +1,7 @@
 """Signed requests for single objects, sent with aiohttp itself.
 
 botocore's way to a GET (parameters, endpoint rules, hooks, parsers) takes five times the CPU time of the request. So
-the objects themselves travel this way: botocore says once where the bucket is, gives the credentials and signs. What
+the objects themselves travel this way: botocore says once where the bucket is, and gives the credentials. What
 holds contents goes a shorter way yet (``s3connections``), unless an HTTP proxy stands between.
 """
 
@@ -15,23 +15,22 @@ import urllib.parse
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
 import aiohttp
 import google_crc32c
 from aiohttp.abc import AbstractStreamWriter
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
 from botocore.exceptions import CredentialRetrievalError, NoCredentialsError
 from yarl import URL
 
 from polefs.objects.base import StoreError
 from polefs.objects.s3connections import CONNECT_SECONDS, SILENCE_SECONDS, Connections, Response
 from polefs.objects.s3errors import Answer, AnswerError
+from polefs.objects.s3sign import Signer
 
 if TYPE_CHECKING:
-    from aiobotocore.config import AioConfig
     from types_aiobotocore_s3.client import S3Client
 
 Buffer = bytes | bytearray | memoryview
@@ -60,7 +59,6 @@ class DataPlane:
         session: aiohttp.ClientSession,
         contents: Connections | None,
         credentials: Any,
-        config: AioConfig,
         presigned: str,
     ) -> None:
         """For ``open``. ``presigned`` is botocore's address of the object ``_``."""
@@ -75,12 +73,11 @@ class DataPlane:
         self._silence = SILENCE_SECONDS
         self._watches: set[asyncio.Timeout] = set()
         self._credentials = credentials
-        self._signer = S3SigV4Auth(None, service, self.region)
-        self._config = config
+        self._signer = Signer(self._host, self.region, service)
 
     @classmethod
     async def open(
-        cls, client: S3Client, credentials: Any, config: AioConfig, bucket: str, ca_bundle: str | None, connections: int
+        cls, client: S3Client, credentials: Any, bucket: str, ca_bundle: str | None, connections: int
     ) -> DataPlane:
         """``credentials`` are an aiobotocore session's, which renews them when they expire."""
         if credentials is None:
@@ -103,7 +100,7 @@ class DataPlane:
             read_bufsize=_READ_AHEAD,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
-        return cls(session, contents, credentials, config, presigned)
+        return cls(session, contents, credentials, presigned)
 
     def limit_silence(self, seconds: float) -> None:
         """How long a connection may be silent, in place of ``SILENCE_SECONDS`` if that is less; also one of a request
@@ -175,8 +172,7 @@ class DataPlane:
     async def _signed(self, method: str, url: str, headers: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """What is asked for, and the headers, as ``Connections`` takes them."""
         signed = await self._sign(method, url, headers)
-        signed["Host"] = self._host
-        return url.removeprefix(self.server), signed
+        return url.removeprefix(self.server), {"Host": self._host, **signed}
 
     async def close(self) -> None:
         if self._connections is not None:
@@ -185,14 +181,11 @@ class DataPlane:
 
     async def _sign(self, method: str, url: str, headers: Mapping[str, str]) -> dict[str, str]:
         try:
-            self._signer.credentials = await self._credentials.get_frozen_credentials()
+            credentials = await self._credentials.get_frozen_credentials()
         except RuntimeError as error:  # what came is no longer valid
             raise CredentialRetrievalError(provider=self._credentials.method, error_msg=error) from error
-        request = AWSRequest(method, url, headers=headers)
-        # It says that the body is not hashed: its CRC is a signed header.
-        request.context["client_config"] = self._config
-        self._signer.add_auth(request)
-        return dict(request.headers.items())
+        # The body is not hashed: its CRC is a signed header.
+        return self._signer.sign(credentials, method, url.removeprefix(self.server), headers, datetime.now(UTC))
 
 
 class _Body(aiohttp.Payload):
