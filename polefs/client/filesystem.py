@@ -95,12 +95,16 @@ class PoleFileSystem(FileSystem):
             PREFERRED_IO,
         )
 
+    def _attr_ttl(self, ino: int) -> int:
+        """For how long the kernel may answer with the inode's attributes, ns."""
+        return FOREVER
+
     def _entry(self, inode: Inode) -> Entry:
         self._orphans.looked_up(inode.ino)
-        return Entry(inode.ino, self._attributes(inode), FOREVER, FOREVER)
+        return Entry(inode.ino, self._attributes(inode), FOREVER, self._attr_ttl(inode.ino))
 
     def _reply(self, inode: Inode) -> AttributesReply:
-        return AttributesReply(self._attributes(inode), FOREVER)
+        return AttributesReply(self._attributes(inode), self._attr_ttl(inode.ino))
 
     # Names
 
@@ -189,7 +193,8 @@ class PoleFileSystem(FileSystem):
             records.add(b"..", None, _DOTDOT_OFFSET, directory.parent, stat.S_IFDIR)
         found = await self._meta.list_dir_plus(op.nodeid, max(op.offset, _DOTDOT_OFFSET), op.size // 160 + 1)
         for dentry, inode in found:
-            if not records.add(dentry.name, Entry(inode.ino, self._attributes(inode), FOREVER, FOREVER), dentry.cookie):
+            entry = Entry(inode.ino, self._attributes(inode), FOREVER, self._attr_ttl(inode.ino))
+            if not records.add(dentry.name, entry, dentry.cookie):
                 break
             self._orphans.looked_up(inode.ino)
         return records

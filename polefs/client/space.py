@@ -30,6 +30,8 @@ LOOK_AFTER = 256 << 20
 """Bytes handed out after which the place is looked at again: others may use it too."""
 MOST_STORED = 8 << 20
 """What a request stores at most, bytes: larger copies share extents."""
+AMPLE = 128 << 20
+"""Room without which the kernel writes no file by itself, bytes."""
 ENTRY = 8 << 10
 """What a name takes, with room for the pages that change, bytes."""
 
@@ -92,6 +94,17 @@ class VolumeSpace:
         """``claim`` after a write has found no room all the same: others have taken it."""
         self._room = min(self._room, 0)
         await self.claim(length)
+
+    async def is_ample(self) -> bool:
+        """Whether there is room for a file that the kernel writes by itself, which nobody counts: none in a volume
+        with a limit."""
+        if (await self._meta.usage()).bytes_limit:
+            return False
+        if self._room < AMPLE:
+            await self._look()
+        # So that the place is looked at now and then.
+        self._room -= MOST_STORED
+        return self._room >= AMPLE
 
     async def claim_entry(self, length: int = 0) -> None:
         """ENOSPC when there is no room for a name, or ``length`` bytes of other metadata, at the volume's place."""

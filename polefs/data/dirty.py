@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
 
+from polefs.data.cache.rangeset import Range
 from polefs.data.durability import JournalLog
 from polefs.data.journal import Kind, Logged
 from polefs.data.ranges import HOLE, Chunk, DirtySource, RangeMap
-from polefs.data.replica import Replica, replica_generation
+from polefs.data.replica import Replica, replica_generation, replica_name
 from polefs.data.state import FileState, Layer
 from polefs.meta.model import FILE_SIZE_MAX, Inode
 
@@ -67,6 +68,8 @@ class DirtyFiles:
         """Files whose changes are committed but still told of by journals, and where the last of these ends."""
         self._ignored: dict[int, tuple[int, int]] = {}
         """Files of which a journal says that what it tells of them is to be ignored, and where it has said so."""
+        self._direct: dict[int, tuple[Replica, int]] = {}
+        """Replicas that are files by themselves, by inode number, and the journal that says so."""
         self._retired: list[tuple[int, Replica]] = []
         """Replicas that nobody needs any more but a journal, and its number."""
         used = max((replica_generation(name) for name in os.listdir(directory)), default=0)
@@ -95,6 +98,13 @@ class DirtyFiles:
         self.changed.set()
         self.urgent.set()
         self._check()
+
+    async def rotate(self) -> None:
+        """Begin the next journal."""
+        await self.log.rotate()
+        for ino, (replica, epoch) in list(self._direct.items()):
+            if epoch != self.log.epoch:
+                self._tell_direct(ino, replica)
 
     def write(self, inode: Inode, offset: int, data: memoryview, now: int) -> int:
         """OSError as the local file system reports it: ENOSPC, EIO."""
@@ -202,6 +212,58 @@ class DirtyFiles:
         if state is not None:
             state.gone = True
             self.settle(state, len(state.layers))
+        self._drop_direct(ino)
+
+    # Files that change without being told (``polefs.data.direct``)
+
+    def new_name(self, ino: int) -> tuple[int, str]:
+        """The generation and the path of a replica to come."""
+        generation = next(self._generations)
+        return generation, os.path.join(self._directory, replica_name(ino, generation))
+
+    def begin_direct(self, replica: Replica) -> None:
+        """The replica is the whole file, all of which is committed as it is: from now on it changes without being told.
+        Errors as of ``write``."""
+        self._tell_direct(replica.ino, replica)
+
+    def _tell_direct(self, ino: int, replica: Replica) -> None:
+        self.log.current.append(Kind.DIRECT, ino, 0, 0, replica.generation, 0)
+        self._direct[ino] = replica, self.log.epoch
+
+    def snapshot(
+        self, inode: Inode, source: Replica, data: Iterable[Range], holes: Iterable[Range], size: int, mtime: int
+    ) -> None:
+        """Let these ranges of a file that changes without being told be written back."""
+        state = self._states.get(inode.ino)
+        if state is not None:
+            state.gone = True  # what has failed before is not tried again
+            self.settle(state, len(state.layers))
+        state, layer = self._writable(inode)
+        state.direct = True
+        for start, end in holes:
+            layer.ranges.set(start, end, HOLE)
+        for start, end in data:
+            layer.ranges.set(start, end, source)
+        layer.size = size
+        layer.mtime = layer.ctime = mtime
+        layer.sealed = True
+        self._count(layer.ranges, (0, 0, 0))
+        state.journal_epoch, state.journal_end = layer.place = self.log.place
+        self._check()
+
+    def end_direct(self, ino: int) -> None:
+        """All of the file is committed, durably, and nobody changes it without telling. Errors as of ``write``."""
+        self.log.current.append(Kind.SETTLED, ino, *self.log.place, 0, 0)
+        self._settled.pop(ino, None)
+        self._ignored[ino] = self.log.place
+        self._drop_direct(ino)
+
+    def _drop_direct(self, ino: int) -> None:
+        found = self._direct.pop(ino, None)
+        if found is not None:
+            self._retired.append((self.log.epoch, found[0]))
+            self._replicas += 1
+            self.changed.set()
 
     def note_segment(self, number: int) -> None:
         """Should the process die before the segment is committed, recovery deletes its object."""
@@ -213,7 +275,8 @@ class DirtyFiles:
 
     def oldest(self) -> int:
         """The number of the oldest journal that tells of something that is not committed, or of the current one."""
-        return min((state.layers[0].epoch for state in self._states.values()), default=self.log.epoch)
+        told = [state.layers[0].epoch for state in self._states.values()]
+        return min([*told, *(epoch for _, epoch in self._direct.values())], default=self.log.epoch)
 
     def seal(self, ino: int, before: int | None) -> int:
         """How many of the oldest layers of a file belong to journals before ``before``; None: all, which are not

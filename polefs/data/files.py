@@ -17,6 +17,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from copy import copy
 from typing import Final
 
 from polefs.data.budget import MemoryBudget
@@ -25,6 +26,7 @@ from polefs.data.cache.rangeset import Range
 from polefs.data.cache.reader import CachedContents
 from polefs.data.cache.store import CacheLimits
 from polefs.data.compact import Compactor
+from polefs.data.direct import DirectFile, DirectFiles
 from polefs.data.dirty import DirtyFiles, Limits
 from polefs.data.durability import JournalLog
 from polefs.data.extentcache import ExtentCache
@@ -145,6 +147,20 @@ class FileStore:
             ids,
             gc_interval,
         )
+        self.direct: DirectFiles | None = None
+        """Files that the kernel reads or changes by itself, where there is a cache."""
+        if self.cached is not None:
+            self.direct = DirectFiles(
+                meta,
+                self._dirty,
+                self._log,
+                self._flusher,
+                self.cached,
+                self._threads,
+                self._directory,
+                flush_after,
+                (limits or Limits()).local,
+            )
 
     # Life
 
@@ -171,6 +187,8 @@ class FileStore:
         self._flusher.start()
         self._reclaimer.start()
         self.garbage.start()
+        if self.direct is not None:
+            self.direct.start()
 
     async def close(self) -> None:
         """Commit everything, durably; the local directory is empty afterwards. What fails is raised, and stays in the
@@ -179,7 +197,7 @@ class FileStore:
         self._objects.hurry(min(self._patience.seconds, _END_SECONDS))
         try:
             await self.garbage.stop()
-            await self._flusher.finish()
+            await self._finish()
             await self._meta.sync()
             saved = True
             await self._reclaimer.reclaim_if_possible()
@@ -190,6 +208,14 @@ class FileStore:
             if self.cached is not None:
                 await self.cached.close(clean=saved)
             self._threads.shutdown(wait=False)
+
+    async def _finish(self) -> None:
+        try:
+            if self.direct is not None:
+                self._writeback.impatient = True
+                await self.direct.finish()
+        finally:
+            await self._flusher.finish()
 
     def _clean(self, keep: set[str]) -> None:
         """Delete what is no journal and not to be kept: a process has died before it could."""
@@ -210,12 +236,38 @@ class FileStore:
     def overlay(self, inode: Inode) -> Inode:
         """The inode as users must see it: size, times and allocation with what is not committed yet. The same object
         when there is nothing."""
+        if (file := self._find_direct(inode.ino)) is not None:
+            return file.overlay(inode, copy(inode))
         state = self._find(inode.ino)
         return inode if state is None else state.overlay(inode)
+
+    def _find_direct(self, ino: int) -> DirectFile | None:
+        return None if self.direct is None else self.direct.find(ino)
+
+    async def _before_change(self, inode: Inode, size: int = 0) -> tuple[Inode, DirectFile | None]:
+        """Waits as long as a change has to, of ``size`` bytes; returns the inode as it is then, and the direct file
+        that is to be changed in place of its layers."""
+        ino = inode.ino
+        if not self._is_held(ino) and self._find_direct(ino) is None:
+            if not (self._dirty.pressure if size else self._dirty.full):
+                return inode, None
+            inode = await self._wait_for_room(inode, size)
+        while True:
+            if self.direct is not None and self._is_held(ino):
+                await self.direct.begin_held(ino)
+            file = self._find_direct(ino)
+            if file is not None and self.direct is not None:
+                self.direct.changed()
+                return inode, file
+            inode = await self._meta.get_inode(ino)
+            if not self._is_held(ino) and self._find_direct(ino) is None:
+                return inode, None
 
     async def read(self, inode: Inode, offset: int, size: int) -> list[Buffer]:
         """Up to ``size`` bytes, in parts to be joined; fewer only at the end of the file. The parts must not be
         changed."""
+        if (file := self._find_direct(inode.ino)) is not None and self.direct is not None:
+            return [*await self.direct.read(file, offset, size)]
         state = self._find(inode.ino)
         if state is None:
             end = min(offset + size, inode.size)
@@ -230,8 +282,9 @@ class FileStore:
             raise _error(errno.EFBIG)
         if not data:
             return 0
-        if self._dirty.pressure:
-            inode = await self._wait_for_room(inode, len(data))
+        inode, file = await self._before_change(inode, len(data))
+        if file is not None:
+            return file.write(offset, data)
         return self._dirty.write(inode, offset, data, now)
 
     async def truncate(self, inode: Inode, size: int, now: int) -> None:
@@ -241,8 +294,10 @@ class FileStore:
             raise _error(errno.EINVAL)
         if size > FILE_SIZE_MAX:
             raise _error(errno.EFBIG)
-        if self._dirty.full:
-            inode = await self._wait_for_room(inode)
+        inode, file = await self._before_change(inode)
+        if file is not None:
+            file.truncate(size)
+            return
         self._dirty.truncate(inode, size, now)
 
     async def fallocate(self, inode: Inode, mode: int, offset: int, length: int, now: int) -> None:
@@ -259,17 +314,20 @@ class FileStore:
             action == FALLOC_FL_PUNCH_HOLE and not keep
         ):
             raise _error(errno.EOPNOTSUPP)
-        if self._dirty.full:
-            inode = await self._wait_for_room(inode)
+        inode, file = await self._before_change(inode)
         size = self.overlay(inode).size
         new_size = size if keep else max(size, end)
-        if action == 0:
+        if file is not None:
+            file.punch(min(offset, new_size), min(end, new_size) if action else 0, new_size)
+        elif action == 0:
             self._dirty.truncate(inode, new_size, now)
         else:
             self._dirty.punch(inode, min(offset, new_size), min(end, new_size), new_size, now)
 
     async def seek(self, inode: Inode, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE of lseek(2). ENXIO at or past the end and when no data follows, EINVAL."""
+        if (file := self._find_direct(inode.ino)) is not None:
+            return file.seek(offset, whence)
         return await seek(self._reader, self._find(inode.ino), inode, offset, whence)
 
     async def copy_range(
@@ -284,7 +342,8 @@ class FileStore:
             raise _error(errno.EFBIG)
         if source.ino == target.ino and abs(source_offset - target_offset) < length:
             raise _error(errno.EINVAL)
-        if length >= SHARE_MIN and self._objects.away_since is None:
+        direct = any(self._find_direct(inode.ino) or self._is_held(inode.ino) for inode in (source, target))
+        if length >= SHARE_MIN and not direct and self._objects.away_since is None:
             shared = await self._flusher.uncancelled(
                 self._share(source.ino, source_offset, target.ino, target_offset, min(length, _SHARE_MAX), now)
             )
@@ -333,6 +392,9 @@ class FileStore:
             self._dirty.punch(inode, 0, 0, target_offset + length, now)
         return length
 
+    def _is_held(self, ino: int) -> bool:
+        return self.direct is not None and ino in self.direct.held
+
     async def _copy(
         self, source: int, source_offset: int, target: int, target_offset: int, length: int, now: int
     ) -> int:
@@ -352,12 +414,18 @@ class FileStore:
     def set_mtime(self, ino: int, mtime: int) -> None:
         """The user sets a file's modification time: no commit and no replay may bring an older one back. To be called
         right before ``MetaAPI.set_attributes``, for every regular file."""
+        if (file := self._find_direct(ino)) is not None:
+            file.set_mtime(mtime)
         self._dirty.set_mtime(ino, mtime)
         self._writeback.leave_mtime(ino)
 
     async def sync(self, ino: int, datasync: bool = False) -> None:
         """fsync(2), or fdatasync(2), which is the same here: everything acknowledged before survives the loss of
         power."""
+        if (file := self._find_direct(ino)) is not None and self.direct is not None:
+            await self.direct.sync(ino, file, to_store=self._sync_to_store or self._log.failed)
+            if not self._log.failed:
+                return
         if self._sync_to_store and not self._log.failed:
             await self._sync_in_store(ino)
             return
@@ -387,6 +455,8 @@ class FileStore:
 
     def forget(self, ino: int) -> None:
         """The file is removed for good: nothing of it is written back."""
+        if self.direct is not None:
+            self.direct.forget(ino)
         self._dirty.forget(ino)
         self._extents.invalidate(ino)
         if self.cached is not None:
@@ -395,13 +465,17 @@ class FileStore:
     async def flush(self, ino: int | None = None) -> None:
         """Write back one file or everything now."""
         if ino is None:
+            await self._checkpoint()
             await self._flusher.flush()
+        elif (file := self._find_direct(ino)) is not None and self.direct is not None:
+            await self.direct.checkpoint(ino, file, urgent=True)
         elif self._find(ino) is not None:
             await self._flusher.flush_files([ino])
             await self._writeback.kept()
 
     async def make_room(self) -> None:
         """Write back everything and, where objects are local, delete what is dead now: what is left is needed."""
+        await self._checkpoint()
         await self._flusher.flush()
         if not self.far:
             await self._reclaimer.reclaim()
@@ -414,10 +488,15 @@ class FileStore:
             if await asyncio.to_thread(_same_file_system, cache.path, self._directory):
                 await cache.shrink(max(cache.bytes - size, 0))
 
+    async def _checkpoint(self) -> None:
+        if self.direct is not None:
+            await self.direct.checkpoint_all()
+            await self.direct.end_idle()
+
     @property
     def dirty_bytes(self) -> int:
         """Uncommitted bytes of contents."""
-        return self._dirty.bytes
+        return self._dirty.bytes + (self.direct.written if self.direct is not None else 0)
 
     def reclaim_soon(self) -> None:
         """Files have been removed, or overwritten: where there is no grace time, delete the objects of dead segments in

@@ -98,14 +98,21 @@ class Flusher:
 
     async def flush_files(self, inos: Iterable[int]) -> None:
         """Write back these files now. What the journals tell of them stays. Raises as ``flush`` does."""
-        submitted = [self._writeback.submit(ino, None, urgent=True) for ino in {*inos} if self._dirty.find(ino)]
-        if submitted:
-            await self._patience.wait(self._start(_all(submitted)))
+        if wanted := [ino for ino in {*inos} if self._dirty.find(ino)]:
+            await self.with_patience(self.write_back(wanted, urgent=True))
+
+    async def write_back(self, inos: Iterable[int], *, urgent: bool) -> None:
+        """As ``flush_files``, however long it takes; ``urgent``: before others."""
+        await _all([self._writeback.submit(ino, None, urgent=urgent) for ino in inos])
+
+    async def with_patience(self, work: Coroutine[None, None, T]) -> T:
+        """Run ``work`` to its end, and wait for it; raises as ``flush`` does."""
+        return await self._patience.wait(self._start(work))
 
     async def flush(self) -> None:
         """Write back everything that is dirty now and delete the journals that tell of it. Raises the first failure,
         and ETIMEDOUT while the store is out of reach. Neither that nor a caller that is cancelled stops it."""
-        await self._patience.wait(self._start(self._flush()))
+        await self.with_patience(self._flush())
 
     async def uncancelled(self, work: Coroutine[None, None, T]) -> T:
         """Run ``work`` to its end, also when the caller is cancelled."""
@@ -134,7 +141,7 @@ class Flusher:
     async def _close_journal(self) -> None:
         dirty = self._dirty
         dirty.urgent.clear()
-        await dirty.log.rotate()
+        await dirty.rotate()
         dirty.changed.clear()
 
     def _submit(self, before: int) -> list[asyncio.Future[None]]:

@@ -63,6 +63,8 @@ class Kind(IntEnum):
     changed by other means since."""
     SEGMENT = 7
     """Segment ``a`` is going to be written: its object is garbage unless its commit came about."""
+    DIRECT = 8
+    """Replica ``generation`` is the whole file from now on, and others write to it without telling."""
 
 
 class Record(NamedTuple):

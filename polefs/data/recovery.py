@@ -10,12 +10,12 @@ from concurrent.futures import Executor
 from typing import Final
 
 from polefs.data.journal import Journal, Kind, Logged, Record, journal_name, journal_number, read_journal
-from polefs.data.ranges import HOLE
+from polefs.data.ranges import HOLE, RangeMap
 from polefs.data.replica import Replica
 from polefs.data.state import FileState, Layer
 from polefs.meta.api import MetaAPI
 from polefs.meta.model import FILE_SIZE_MAX
-from polefs.objects.localio import sync_directory
+from polefs.objects.localio import allocated_ranges, sync_directory
 
 _PAGE: Final = 256
 
@@ -40,6 +40,8 @@ class _Replay:
         self._removed: set[int] = set()
         self.settled: dict[int, tuple[int, int]] = {}
         self._replicas: dict[tuple[int, int], Replica | None] = {}
+        self._direct: dict[int, tuple[int, int]] = {}
+        """Replicas that are files by themselves, by inode number: journal and generation."""
         self.found = Recovered()
 
     async def _state(self, number: int, ino: int) -> FileState | None:
@@ -70,6 +72,10 @@ class _Replay:
             return
         state.journal_epoch, state.journal_end = number, end
         (layer,) = state.layers
+        if kind is Kind.DIRECT:
+            self._direct[ino] = number, generation
+            layer.place = number, end
+            return
         if kind is Kind.MTIME:
             layer.mtime = None
             self.found.mtimes[ino] = time
@@ -92,6 +98,26 @@ class _Replay:
         layer.mtime = layer.ctime = time
         layer.place = number, end
         self.found.mtimes.pop(ino, None)
+
+    async def finish(self) -> None:
+        """What changed without being told is what its replica is."""
+        for ino, (number, generation) in self._direct.items():
+            replica = self._replica(number, ino, generation)
+            state = self.found.states.get(ino)
+            if state is None or replica is None:
+                continue
+            (layer,) = state.layers
+            # Programs of before may still have it open: it becomes no cache file.
+            state.direct = True
+            status = os.fstat(replica.fd)
+            layer.ranges = RangeMap()
+            layer.ranges.set(0, FILE_SIZE_MAX, HOLE)
+            for start, end in allocated_ranges(replica.fd):
+                layer.ranges.set(start, min(end, status.st_size), replica)
+            layer.size = status.st_size
+            layer.mtime = status.st_mtime_ns
+            layer.ctime = max(layer.ctime, status.st_ctime_ns)
+            self.found.mtimes.pop(ino, None)
 
     def _replica(self, number: int, ino: int, generation: int) -> Replica | None:
         """None when it did not survive a loss of power: that write had not been synced."""
@@ -120,6 +146,7 @@ async def recover(meta: MetaAPI, directory: str, before: int, threads: Executor)
         while page := await loop.run_in_executor(threads, _page, records):
             for record in page:
                 await replay.apply(journal, record)
+    await replay.finish()
     await loop.run_in_executor(threads, _secure, directory, replay.found)
     return replay.found
 

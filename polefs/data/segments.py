@@ -38,16 +38,16 @@ class Run(msgspec.Struct):
 
 
 def cut_runs(pieces: Iterable[DataPiece]) -> Iterator[Run]:
-    """The runs of one file: joined where pieces touch, cut where they pass RUN_MAX."""
+    """The runs of one file: joined where pieces touch, cut at the multiples of RUN_MAX."""
     run: Run | None = None
     for start, end, source in pieces:
         while start < end:
-            if run is not None and (run.end != start or run.end - run.start == RUN_MAX):
+            if run is not None and (run.end != start or start % RUN_MAX == 0):
                 yield run
                 run = None
             if run is None:
                 run = Run(start, start, [])
-            stop = min(end, run.start + RUN_MAX)
+            stop = min(end, (start // RUN_MAX + 1) * RUN_MAX)
             run.pieces.append((start, stop, source))
             run.end = start = stop
     if run is not None:

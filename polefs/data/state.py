@@ -37,9 +37,10 @@ class FileState:
     """The layers of one file, oldest first; never empty. ``journal_epoch`` and ``journal_end`` are where the file's
     latest record ends. ``synced_often`` is set by fsync: such a file's small writes go to the journal, which is then
     all that an fsync has to wait for. ``committed``: bytes of the oldest layers that are, while they are being written
-    back. ``gone``: the file was removed."""
+    back. ``gone``: the file was removed. ``direct``: others can change what its layers tell of, so that it is not to
+    be cached (``polefs.data.direct``)."""
 
-    __slots__ = ("committed", "gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
+    __slots__ = ("committed", "direct", "gone", "ino", "journal_end", "journal_epoch", "layers", "synced_often")
 
     def __init__(self, ino: int) -> None:
         self.ino: Final = ino
@@ -49,6 +50,7 @@ class FileState:
         self.synced_often = False
         self.committed = 0
         self.gone = False
+        self.direct = False
 
     @property
     def size(self) -> int:

@@ -270,7 +270,7 @@ class WriteBack:
 
     async def _keep_contents(self, done: Sequence[Plan]) -> None:
         if self._keep is not None and done:
-            contents = [(plan.state.ino, plan.pieces, plan.size) for plan in done]
+            contents = [(plan.state.ino, plan.pieces, plan.size) for plan in done if not plan.state.direct]
             task = asyncio.ensure_future(self._keep(contents))
             self._keeping.add(task)
             task.add_done_callback(self._keeping.discard)

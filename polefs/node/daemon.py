@@ -38,7 +38,7 @@ from polefs.node.volume import Volume, open_or_make_volume
 from polefs.objects.base import Space
 from polefs.objects.localio import space_of
 from rawfuse import MountOptions, Session
-from rawfuse.mount import unmount
+from rawfuse.mount import privileged, unmount
 
 log = logging.getLogger(__name__)
 
@@ -121,10 +121,20 @@ async def serve_volume(volume: Volume, request: MountRequest, ready: Ready) -> N
 def _make_filesystem(
     request: MountRequest, storage: Storage, local: Callable[[], Awaitable[Space]], times: AccessTimes
 ) -> PoleFileSystem:
-    cached = storage.files.cached
-    if cached is None or not request.read_only or not request.passthrough:
+    direct = storage.files.direct
+    mode = request.passed_through
+    if direct is None or mode == "off" or not privileged() or not (direct.writable or request.read_only):
         return PoleFileSystem(storage.meta, storage.files, storage.objects.space, local, times)
-    return PassthroughFileSystem(storage.meta, storage.files, cached, storage.objects.space, local, times)
+    return PassthroughFileSystem(
+        storage.meta,
+        storage.files,
+        direct,
+        storage.objects.space,
+        local,
+        times,
+        read_only=request.read_only,
+        writing=mode == "all",
+    )
 
 
 class MountedVolume:
@@ -203,6 +213,8 @@ class MountedVolume:
             await self._session.mount()
         except OSError as error:
             raise explain(error, self._request.mountpoint) from error
+        if isinstance(self._session.filesystem, PassthroughFileSystem) and self._session.notifier is not None:
+            self._session.filesystem.drop_attributes = self._session.notifier.invalidate_inode
         self._mounted.set()
 
     async def _unmount(self, lazy: bool) -> None:

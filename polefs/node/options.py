@@ -15,6 +15,8 @@ from polefs.node.errors import Refusal
 GC_INTERVAL = 3600.0
 """Seconds between passes of garbage collection, unless options say otherwise."""
 
+Passthrough = Literal["off", "read", "all"]
+
 AtimePolicy = Literal["noatime", "relatime", "strictatime"]
 
 
@@ -57,12 +59,21 @@ class MountRequest(msgspec.Struct, kw_only=True):
     """Seconds between passes of garbage collection in the background, 0: none."""
     dirty_limit: int | None = None
     """Most bytes that wait to be written back; None: as it is by default."""
-    passthrough: bool = True
-    """Whether the kernel may read cache files itself."""
+    passthrough: Passthrough | None = None
+    """Which files of a volume in a bucket the kernel may read, or read and write, itself; None: as it is by default."""
 
     @property
     def read_only(self) -> bool:
         return bool(self.flags & MountFlag.RDONLY)
+
+    @property
+    def passed_through(self) -> Passthrough:
+        """``passthrough`` in effect. Reads that do not come to us cannot set access times each time."""
+        if self.atime == "strictatime":
+            return "off"
+        if self.read_only:
+            return "off" if self.passthrough == "off" else "read"
+        return self.passthrough or "off"
 
     @property
     def atime(self) -> AtimePolicy:
@@ -90,7 +101,7 @@ class Options(msgspec.Struct, kw_only=True):
     store_timeout: str | None = None
     dirty_limit: str | None = None
     gc_interval: str | None = None
-    passthrough: bool = True
+    passthrough: Passthrough | None = None
 
 
 _ATIME = MountFlag.NOATIME | MountFlag.RELATIME | MountFlag.STRICTATIME
@@ -157,8 +168,12 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> Options:
             options.allow_other = False
         elif word == "nonempty":
             options.nonempty = True
-        elif word in ("passthrough", "nopassthrough"):
-            options.passthrough = word == "passthrough"
+        elif name == "passthrough":
+            try:
+                options.passthrough = msgspec.convert(value, Passthrough)
+            except msgspec.ValidationError:
+                text = "option 'passthrough' needs a value: give -o passthrough=off, read or all"
+                raise Refusal(errno.EINVAL, text) from None
         elif name in _VALUES:
             if not value:
                 raise Refusal(errno.EINVAL, f"option '{name}' needs a value: give -o {name}={_VALUES[name]}")
@@ -168,7 +183,7 @@ def parse_options(lists: Iterable[str], *, sloppy: bool = False) -> Options:
                 raise Refusal(errno.EINVAL, "polefs cannot remount: unmount it and mount it again with the new options")
             values = [f"{name}={value}" for name, value in _VALUES.items()]
             known = ", ".join(
-                [*_FLAGS, "allow_other", "noallow_other", "nonempty", "passthrough", "nopassthrough", *values]
+                [*_FLAGS, "allow_other", "noallow_other", "nonempty", "passthrough=off|read|all", *values]
             )
             what = f"option '{name}' takes no value" if equals and name in _FLAGS else f"unknown mount option '{word}'"
             raise Refusal(errno.EINVAL, f"{what}: the options are {known}")

@@ -289,7 +289,7 @@ def test_a_full_disk_under_what_is_not_written_back(
     assert (volume.root / "later").read_bytes() == b"later" * 100_000
 
 
-@pytest.mark.parametrize("options", ["ro", "ro,nopassthrough"])
+@pytest.mark.parametrize("options", ["ro", "ro,passthrough=off"])
 def test_complete_files_of_a_read_only_mount_are_read_by_the_kernel(make_volume: MakeVolume, options: str) -> None:
     volume = make_volume()
     volume.start()

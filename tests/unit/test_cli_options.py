@@ -40,10 +40,28 @@ def test_flags(lists: list[str], flags: int) -> None:
     assert parse_options(lists).flags == flags
 
 
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ("", "off"),
+        ("ro", "read"),
+        ("passthrough=all", "all"),
+        ("ro,passthrough=all", "read"),
+        ("ro,passthrough=off", "off"),
+        ("strictatime,passthrough=all", "off"),
+    ],
+)
+def test_passthrough_in_effect(options: str, mode: str) -> None:
+    parsed = parse_options([options])
+    request = MountRequest(volume="", mountpoint="", flags=parsed.flags, passthrough=parsed.passthrough)
+    assert request.passed_through == mode
+
+
 def test_other_options() -> None:
     assert parse_options([]).allow_other is None
     assert parse_options(["allow_other"]).allow_other is True
     assert parse_options(["allow_other,noallow_other"]).allow_other is False
+    assert parse_options(["passthrough=off,passthrough=all"]).passthrough == "all"
     options = parse_options(["nonempty,volume=/srv/a=b"])
     assert options.nonempty
     assert options.volume == "/srv/a=b"
@@ -56,6 +74,8 @@ def test_other_options() -> None:
         ("rw=1", "takes no value"),
         ("volume=", "needs a value"),
         ("volume", "needs a value"),
+        ("passthrough", "passthrough=off, read or all"),
+        ("passthrough=on", "passthrough=off, read or all"),
         ("remount", "cannot remount"),
     ],
 )

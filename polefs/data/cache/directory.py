@@ -367,6 +367,15 @@ class CacheDirectory:
                 os.unlink(path)
         return freed
 
+    def give_away(self, ino: int, file: OpenFile, path: str) -> int:
+        """Let the cache file, which is open as ``file``, have the name ``path`` instead of its own; returns the bytes
+        that the cache is smaller by. ESTALE when it is another file by now."""
+        mine, named = os.fstat(file.fd), os.stat(self.path_of(ino))
+        if (mine.st_dev, mine.st_ino) != (named.st_dev, named.st_ino):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path_of(ino))
+        os.rename(self.path_of(ino), path)
+        return mine.st_blocks * 512
+
     def free(self) -> int:
         """Bytes that are free on the cache's file system."""
         found = os.fstatvfs(self._lock.fd)

@@ -218,17 +218,21 @@ class CachedContents:
         return cut(flight.done.result(), flight.start, start, end)
 
     async def hold_complete(self, inode: Inode) -> CachedFile[Reading] | None:
-        """The file's cache, when it holds all of it in a cache file of exactly its size; counted in its ``users``."""
+        """The file's cache, when it holds all of it in a cache file of exactly its size; counted in its ``users``. None
+        as well when the file is being changed."""
         file = await self.cache.open(inode.ino, inode.size)
         if file is None or not inode.size or not file.valid.covers(0, _up(inode.size)):
             return None
         file.users += 1
         try:
-            await self.cache.cut(file, inode.size)
+            now = await self._meta.get_inode(inode.ino)
+            if now.data_version == inode.data_version and await self.cache.cut(file, inode.size):
+                return file
         except BaseException:
             file.users -= 1
             raise
-        return file
+        file.users -= 1
+        return None
 
     async def warm(self, ino: int) -> None:
         """Bring all of a file into the cache, as far as it can take it. Errors as of ``Segments``."""

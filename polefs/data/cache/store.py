@@ -351,10 +351,18 @@ class ContentCache(Generic[R]):
         elif free < self.limits.free:
             self.shrink(self.bytes - (self.limits.free - free) - int(self.bytes * (1 - _KEEP)))
 
-    async def cut(self, file: CachedFile[R], size: int) -> None:
-        """Let the cache file of a file with a valid last block end where the file does."""
-        assert file.handle is not None
-        await self._run(self._directory.cut, file.handle, size)
+    async def cut(self, file: CachedFile[R], size: int) -> bool:
+        """Let the cache file of a file with a valid last block end where the file does. False when the file is being
+        changed, or was meanwhile."""
+        generation = file.generation
+        if not file.fillable(generation) or file.handle is None:
+            return False
+        file.filling += 1  # changes wait for it
+        try:
+            await _to_its_end(self._run(self._directory.cut, file.handle, size))
+        finally:
+            file.end_filling()
+        return file.fillable(generation)
 
     # Changes
 
@@ -394,6 +402,17 @@ class ContentCache(Generic[R]):
         self._forgotten.append(file)
         if self._forgetting is None:
             self._forgetting = asyncio.get_running_loop().create_task(self._forget_all())
+
+    async def give_away(self, file: CachedFile[R], path: str) -> None:
+        """Let the cache file be the file ``path`` from now on, and no cache file. OSError when it is not there (any
+        more), or ``path`` is on another file system."""
+        assert file.handle is not None
+        self._take_out(file)
+        try:
+            await file.quiet()
+            self.bytes -= await _to_its_end(self._run(self._directory.give_away, file.ino, file.handle, path))
+        finally:
+            self._removing.discard(file.ino)
 
     def _take_out(self, file: CachedFile[R]) -> None:
         """Nobody finds this file any more; its cache file is to be removed."""

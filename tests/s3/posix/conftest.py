@@ -14,21 +14,28 @@ from tests.mounted.targets import STRESS, fsck_command, polefs_command
 from tests.s3.server import SeaweedServer
 from tests.s3.volumes import polefs
 
-POLEFS_S3 = TargetSpec(
-    "polefs-s3", polefs_command("{scratch}/volume", "{mountpoint}"), check=fsck_command("{scratch}/volume")
-)
+SPECS = {
+    mode: TargetSpec(
+        f"polefs-s3-{mode}",
+        polefs_command("{scratch}/volume", "{mountpoint}", f"passthrough={mode}"),
+        check=fsck_command("{scratch}/volume"),
+    )
+    for mode in (("all", "read", "off") if STRESS else ("all",))
+}
+"""By what the kernel serves itself."""
 
 _UNDER_STRESS = "acl attributes bigdirs errors locks namespace permissions statfs_times unlinked xattr"
 collect_ignore = [] if STRESS else [f"test_{name}.py" for name in _UNDER_STRESS.split()]
 
 
-@pytest.fixture(scope="module")
-def target(s3_server: SeaweedServer, fuse_watchdog: Watchdog) -> Iterator[Target]:
+@pytest.fixture(scope="module", params=SPECS)
+def target(s3_server: SeaweedServer, fuse_watchdog: Watchdog, request: pytest.FixtureRequest) -> Iterator[Target]:
     """A volume in the bucket, mounted once a module; it must unmount cleanly and pass fsck."""
-    scratch = make_scratch(POLEFS_S3.name)
+    spec = SPECS[request.param]
+    scratch = make_scratch(spec.name)
     place = s3_server.new_place()
     polefs("format", "--store", place.url, "--endpoint", place.endpoint, scratch / "volume")
-    yield from run_target(Target(POLEFS_S3, scratch, fuse_watchdog))
+    yield from run_target(Target(spec, scratch, fuse_watchdog))
 
 
 @pytest.fixture
