@@ -45,7 +45,7 @@ def test_a_commit_whose_answer_is_lost_is_done_once(
 ) -> None:
     async def test() -> None:
         async with Proxy(postgres_server) as proxy, volume(proxy.dsn) as served:
-            monkeypatch.setattr(connection, "_STATEMENT_SECONDS", 0.3)
+            monkeypatch.setattr(connection, "_STATEMENT_SECONDS", 1.0)
             await served.create(b"first")
             epoch = served.store._writer.epoch
             for number in range(3):
@@ -92,7 +92,7 @@ def own_server() -> Any:
 def test_the_database_is_killed_under_load(own_server: PostgresServer) -> None:
     async def test() -> None:
         acknowledged: list[bytes] = []
-        async with volume(own_server.dsn(), lease=60.0) as served:
+        async with volume(own_server.dsn()) as served:
             stop = asyncio.Event()
 
             async def work(worker: int) -> None:
@@ -125,7 +125,7 @@ def test_a_database_that_stays_away(own_server: PostgresServer) -> None:
     """Operations end with EIO after the deadline, and go on by themselves when it is back."""
 
     async def test() -> None:
-        async with volume(own_server.dsn(), deadline=0.3, lease=60.0) as served:
+        async with volume(own_server.dsn(), deadline=1.0) as served:
             await served.create(b"f")
             own_server.stop()
             for _ in range(2):

@@ -39,7 +39,9 @@ class Served:
 
 @asynccontextmanager
 async def volume(dsn: str, name: str | None = None, **options: Any) -> AsyncIterator[Served]:
-    """A new volume; ``name``: one that exists."""
+    """A new volume; ``name``: one that exists. Unless told otherwise, its lease is too long for signs of life, which
+    would be commits that a test does not expect."""
+    options.setdefault("lease", 3600.0)
     if name is None:
         store = await PostgresStore.create(dsn, name=f"volume{next(_numbers)}", **options)
     else:
