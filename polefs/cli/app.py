@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polefs import __version__
-from polefs.cli import cache, flush, format, fsck, gc, loglevel, mount, objbench, status, umount, warmup
+from polefs.cli import cache, dump, flush, format, fsck, gc, load, loglevel, mount, objbench, status, umount, warmup
 from polefs.node.errors import Refusal, plain
 
 USAGE_STATUS = 2
@@ -52,7 +52,7 @@ def _root(
     """
 
 
-for _module in (mount, umount, format, status, fsck, gc, flush, cache, warmup, loglevel, objbench):
+for _module in (mount, umount, format, status, fsck, gc, dump, load, flush, cache, warmup, loglevel, objbench):
     app.command(_module.NAME)(_module.command)
 
 

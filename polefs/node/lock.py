@@ -24,7 +24,7 @@ class Holder(msgspec.Struct, frozen=True):
     """Who holds the lock, as it wrote into the file."""
 
     pid: int
-    doing: Literal["mount", "check", "format", "gc"]
+    doing: Literal["mount", "check", "format", "gc", "dump"]
     mountpoint: str | None = None
 
 

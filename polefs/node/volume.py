@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 from typing import Literal
 from uuid import uuid4
 
@@ -179,19 +180,7 @@ def make_volume(
     path = os.path.realpath(path)
     if name is None:
         name = os.path.basename(path) or "polefs"
-    if _has_foreign_files(path):
-        if os.path.lexists(os.path.join(path, "volume.json")):
-            raise Refusal(
-                errno.EEXIST, f"{path} is a polefs volume already: give another directory, or remove it first"
-            )
-        raise Refusal(errno.ENOTEMPTY, f"{path} is not empty and is no polefs volume: give an empty or a new directory")
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        lock = _take_lock(path, holder)
-    except Refusal:
-        raise
-    except OSError as error:
-        raise _unusable(path, error) from None
+    lock = _begin(path, holder)
     try:
         if secret is not None:
             contents = msgspec.structs.replace(contents, key=new_key(secret))
@@ -201,6 +190,43 @@ def make_volume(
         if isinstance(error, OSError) and not isinstance(error, Refusal):
             raise _unusable(path, error) from None
         raise
+
+
+def restore_volume(path: str, holder: Holder, info: VolumeInfo, build: Callable[[Volume], None]) -> Volume:
+    """Make a volume that has been before, and return it locked. ``build`` makes its database; its objects are where
+    they were. After a failure nothing is left of it. ``Refusal`` as of ``make_volume``, and what ``build`` raises."""
+    path = os.path.realpath(path)
+    existed = os.path.isdir(path)
+    lock = _begin(path, holder)
+    volume = Volume(path, info, lock)
+    try:
+        try:
+            earlier = _read_unfinished(path)
+            if earlier is not None and earlier.uuid != info.uuid:
+                raise Refusal(
+                    errno.ENOTEMPTY, f"{path} was to become another volume ({earlier.uuid}): give a new directory"
+                )
+            _lay_out(path, info)
+        except Refusal:
+            raise
+        except OSError as error:
+            raise _unusable(path, error) from None
+        try:
+            build(volume)
+            _finish(path)
+        except BaseException:
+            _clear(path)
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(path, _UNFINISHED))
+            raise
+    except BaseException:
+        volume.unlock()
+        if not existed:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(path, "lock"))
+                os.rmdir(path)
+        raise
+    return volume
 
 
 def is_encrypted(path: str) -> bool:
@@ -223,17 +249,10 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: C
     """All parts of a new volume, durable; ``volume.json`` last."""
     from polefs.node.storage import claim_objects, make_store
 
-    final, unfinished = os.path.join(path, "volume.json"), os.path.join(path, _UNFINISHED)
-    if os.path.lexists(final):
-        raise Refusal(errno.EEXIST, f"{path} has just been made a volume by another process: try again")
     # An earlier attempt may have marked the bucket as this volume's.
     earlier = _read_unfinished(path)
     info = VolumeInfo(FORMAT, name, str(uuid4()) if earlier is None else earlier.uuid, contents)
-    os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    _describe(unfinished, info)
-    _remove_metadata(path)
-    for directory in _DIRECTORIES:
-        os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
+    _lay_out(path, info)
     meta = os.path.join(path, "meta.db")
     make_store(meta, name=name, uuid=info.uuid, bytes_limit=bytes_limit, inodes_limit=inodes_limit)
     try:
@@ -241,10 +260,45 @@ def _fill(path: str, name: str, bytes_limit: int, inodes_limit: int, contents: C
     except Refusal:
         _clear(path)
         raise
-    _describe(unfinished, info)
-    os.rename(unfinished, final)
-    sync_directory(path)
+    _describe(os.path.join(path, _UNFINISHED), info)
+    _finish(path)
     return info
+
+
+def _begin(path: str, holder: Holder) -> VolumeLock:
+    """The directory of a volume that is to be made, with its lock."""
+    if _has_foreign_files(path):
+        if os.path.lexists(os.path.join(path, "volume.json")):
+            raise Refusal(
+                errno.EEXIST, f"{path} is a polefs volume already: give another directory, or remove it first"
+            )
+        raise Refusal(errno.ENOTEMPTY, f"{path} is not empty and is no polefs volume: give an empty or a new directory")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        lock = _take_lock(path, holder)
+    except Refusal:
+        raise
+    except OSError as error:
+        raise _unusable(path, error) from None
+    if os.path.lexists(os.path.join(path, "volume.json")):
+        lock.release()
+        raise Refusal(errno.EEXIST, f"{path} has just been made a volume by another process: try again")
+    return lock
+
+
+def _lay_out(path: str, info: VolumeInfo) -> None:
+    """Say what is to be made, and make its directories."""
+    unfinished = os.path.join(path, _UNFINISHED)
+    os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _describe(unfinished, info)
+    _remove_metadata(path)
+    for directory in _DIRECTORIES:
+        os.makedirs(os.path.join(path, directory), mode=0o700, exist_ok=True)
+
+
+def _finish(path: str) -> None:
+    os.rename(os.path.join(path, _UNFINISHED), os.path.join(path, "volume.json"))
+    sync_directory(path)
 
 
 def _describe(file: str, info: VolumeInfo) -> None:
@@ -308,7 +362,7 @@ def _who(path: str, holder: Holder | None) -> str:
             f"volume {path} is mounted on {holder.mountpoint} by process {holder.pid}: unmount it first "
             f"(polefs umount {holder.mountpoint})"
         )
-    what = {"check": "checked", "gc": "rid of garbage"}.get(holder.doing, "made")
+    what = {"check": "checked", "gc": "rid of garbage", "dump": "dumped"}.get(holder.doing, "made")
     return f"volume {path} is being {what} by process {holder.pid}: try again when that has ended"
 
 

@@ -30,6 +30,9 @@ _CHUNK: Final = 10_000
 _DELETED: Final = b"\0"
 """How the name of a volume begins of which a part may be deleted."""
 
+UNFINISHED: Final = b"\1"
+"""The same of one that is being loaded."""
+
 
 class VolumeRow(msgspec.Struct, frozen=True):
     """What does not change about a volume. ``holder`` tells of the active server, empty: there is none."""
@@ -124,8 +127,8 @@ async def create_volume(
         async with connection.transaction(isolation="serializable"):
             await connection.execute(
                 "INSERT INTO volume(id, name, uuid, created, durability, bytes_limit, inodes_limit, bytes, inodes,"
-                " next_ino, next_cookie, next_segment, next_session, writer, epoch, batch, holder, lease)"
-                " VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 1, $8, $9, 1, 1, 0, 0, 0, $10, 0)",
+                " next_ino, next_cookie, next_segment, next_session, writer, epoch, batch, holder, lease, contents)"
+                " VALUES ($1, $2, $3, $4, $5, $6, $7, 0, 1, $8, $9, 1, 1, 0, 0, 0, $10, 0, $10)",
                 row.id,
                 name.encode(),
                 row.uuid.bytes,
@@ -155,7 +158,7 @@ async def create_volume(
 
 async def list_volumes(connection: asyncpg.Connection[Any]) -> list[VolumeRow]:
     """By name."""
-    rows = [row for row in await connection.fetch(tables.VOLUMES) if not row[1].startswith(_DELETED)]
+    rows = [row for row in await connection.fetch(tables.VOLUMES) if not row[1].startswith((_DELETED, UNFINISHED))]
     return [_volume_row(row) for row in sorted(rows, key=lambda row: row[1])]
 
 
@@ -185,10 +188,11 @@ async def delete_volume(connection: asyncpg.Connection[Any], name: str) -> None:
     )
     for row in await connection.fetch(tables.VOLUMES):
         if row[1].startswith(_DELETED):
-            await _delete_rows(connection, row[0])
+            await delete_rows(connection, row[0])
 
 
-async def _delete_rows(connection: asyncpg.Connection[Any], volume: int) -> None:
+async def delete_rows(connection: asyncpg.Connection[Any], volume: int) -> None:
+    """All that is stored of a volume that nobody can see any more."""
     for table in tables.TABLES:
         columns = ", ".join(f'"{column}"' for column in table.key)
         some = f"SELECT {columns} FROM {table.name} WHERE volume = $1 LIMIT {_CHUNK}"

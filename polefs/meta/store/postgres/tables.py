@@ -47,14 +47,15 @@ class Table(msgspec.Struct, frozen=True):
     def _key_list(self) -> str:
         return ", ".join(["volume", *(f'"{column}"' for column in self.key)])
 
-    def put(self) -> str:
-        """Insert or replace rows: an array a column, the volume's first."""
+    def insert(self) -> str:
+        """Insert rows: an array a column, the volume's first."""
         columns = ", ".join(["volume", *(f'"{column}"' for column in self.columns)])
+        return f"INSERT INTO {self.name}({columns}) SELECT * FROM {self._arrays(self.columns)}"
+
+    def put(self) -> str:
+        """Insert or replace rows, in the same way."""
         change = ", ".join(f'"{column}" = excluded."{column}"' for column in self.values)
-        return (
-            f"INSERT INTO {self.name}({columns}) SELECT * FROM {self._arrays(self.columns)}"
-            f" ON CONFLICT ({self._key_list}) DO {f'UPDATE SET {change}' if change else 'NOTHING'}"
-        )
+        return f"{self.insert()} ON CONFLICT ({self._key_list}) DO {f'UPDATE SET {change}' if change else 'NOTHING'}"
 
     def delete(self) -> str:
         """Delete rows: an array a column of the key."""
@@ -90,7 +91,7 @@ _VOLUME: Final = """CREATE TABLE IF NOT EXISTS volume(
     durability BYTEA NOT NULL, bytes_limit INT8 NOT NULL, inodes_limit INT8 NOT NULL, bytes INT8 NOT NULL,
     inodes INT8 NOT NULL, next_ino INT8 NOT NULL, next_cookie INT8 NOT NULL, next_segment INT8 NOT NULL,
     next_session INT8 NOT NULL, writer INT8 NOT NULL, epoch INT8 NOT NULL,
-    batch INT8 NOT NULL, holder BYTEA NOT NULL, lease INT8 NOT NULL)"""
+    batch INT8 NOT NULL, holder BYTEA NOT NULL, lease INT8 NOT NULL, contents BYTEA NOT NULL)"""
 
 MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
     (
