@@ -117,6 +117,8 @@ def _lines(status: Status) -> list[tuple[str, str]]:
         lines.append(("process", f"{status.pid}, polefs {status.version}"))
     lines.append(("bytes", _used(format_size(status.bytes_used), format_size(status.bytes_limit), status.bytes_limit)))
     lines.append(("inodes", _used(str(status.inodes_used), str(status.inodes_limit), status.inodes_limit)))
+    if status.store_away is not None:
+        lines.append(("bucket", f"out of reach for {status.store_away:.0f} s: see the log"))
     if status.dirty_bytes is not None:
         lines.append(("dirty", f"{format_size(status.dirty_bytes)} not yet written back"))
     if status.pid is not None:

@@ -261,6 +261,7 @@ class MountedVolume:
     async def _status(self) -> Status:
         usage = await self._storage.meta.usage()
         info, bucket = self._volume.info, self._volume.bucket
+        away_since = self._storage.objects.away_since
         return Status(
             volume=self._volume.path,
             name=info.name,
@@ -268,6 +269,7 @@ class MountedVolume:
             format=info.format,
             store=None if bucket is None else bucket.url,
             endpoint=None if bucket is None else bucket.endpoint,
+            store_away=None if away_since is None else asyncio.get_running_loop().time() - away_since,
             mounted=not self._detached.is_set(),
             bytes_used=usage.bytes,
             bytes_limit=usage.bytes_limit,

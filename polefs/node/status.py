@@ -39,6 +39,8 @@ class Status(msgspec.Struct, kw_only=True):
     inodes_limit: int
     dirty_bytes: int | None = None
     """Contents not yet written back to the object store; the volume's local directory holds them."""
+    store_away: float | None = None
+    """Seconds since which the bucket is out of reach, as far as anybody has tried; None when it is not."""
     mountpoint: str | None = None
     """With ``mounted`` and ``saving`` not set: a dead mount, whose daemon was killed."""
     pid: int | None = None

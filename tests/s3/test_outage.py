@@ -93,6 +93,7 @@ def test_errors_after_the_deadline_and_nothing_lost(proxy: FaultProxy, make_volu
             with fails(errno.ETIMEDOUT):
                 os.fsync(each.fileno())
         assert other.read() == contents["late"]
+        assert "bucket:      out of reach for " in polefs("status", volume.path)
         (volume.root / "late").rename(volume.root / "later")
         contents["later"] = contents.pop("late")
         proxy.accept()
