@@ -106,7 +106,7 @@ def in_parallel(function: object, root: Path) -> None:
 
 @pytest.mark.deadline(2 * SECONDS)
 def test_a_big_file(make_volume: MakeVolume) -> None:
-    volume = make_volume(mount=("--cache-size", "2G"))
+    volume = make_volume(mount=("--cache-size", "2G", "-o", "dirty_limit=4G"))
     volume.start()
     with open(volume.root / "file", "wb", buffering=0) as file:
         for number in blocks():
@@ -129,7 +129,7 @@ def test_a_big_file(make_volume: MakeVolume) -> None:
 
 @pytest.mark.deadline(2 * SECONDS)
 def test_a_big_tree(make_volume: MakeVolume) -> None:
-    volume = make_volume(mount=("--cache-size", "2G"))
+    volume = make_volume(mount=("--cache-size", "2G", "-o", "dirty_limit=4G"))
     volume.start()
     tree = volume.root / "tree"
     tree.mkdir()

@@ -832,6 +832,32 @@ def test_least_recently_used_files_go_first(tmp_path: Path) -> None:
     run(tmp_path, work, CacheLimits(size=4 * MIB, free=0))
 
 
+def test_a_file_that_is_being_read_goes_last(tmp_path: Path) -> None:
+    """But it goes: it may be larger than the cache. What the kernel reads by itself stays."""
+
+    async def work(volume: Volume, gate: Gate) -> None:
+        contents = [os.urandom(MIB) for _ in range(3)]
+        inos = [await write(volume, b"f%d" % number, data) for number, data in enumerate(contents)]
+        for ino in inos:
+            await volume.read(ino)
+        await landed(volume)
+        cache = cached(volume).cache
+        read, held, idle = map(cache.find, inos)
+        assert read is not None and held is not None and idle is not None
+        read.readers += 1
+        held.users += 1
+        await cache.shrink(2 * MIB)
+        assert cache_files(tmp_path) == inos[:2]
+        await cache.shrink(0)
+        assert cache_files(tmp_path) == [inos[1]]
+        for ino, data in zip(inos, contents, strict=True):
+            assert await volume.read(ino) == data
+        read.readers -= 1
+        held.users -= 1
+
+    run(tmp_path, work)
+
+
 def test_what_is_more_than_the_cache_can_hold_is_not_kept(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         inos = [await volume.make(name) for name in (b"a", b"b", b"c")]

@@ -146,11 +146,11 @@ class CachedContents:
         if file is None or file.changing or file.gone:
             self.misses += end - start
             return await gather(self._segments, extents, start, end)
-        file.users += 1
+        file.readers += 1
         try:
             return await self._read_file(file, inode, extents, start, end)
         finally:
-            file.users -= 1
+            file.readers -= 1
 
     async def _read_file(
         self, file: CachedFile[Reading], inode: Inode, extents: Sequence[Extent], start: int, end: int
@@ -316,7 +316,7 @@ class CachedContents:
     ) -> None:
         flight = _Flight(start, end, file.generation)
         file.reading.flights.append(flight)
-        file.users += 1
+        file.readers += 1
         flight.task = self._start(self._fly(file, flight, segments, extents, paid))
 
     async def _fly(
@@ -352,7 +352,7 @@ class CachedContents:
                 flight.done.exception()  # nobody may be waiting for it
         finally:
             file.reading.flights.remove(flight)
-            file.users -= 1
+            file.readers -= 1
 
     async def _take(self, size: int) -> None:
         while not self._budget.take_now(size):

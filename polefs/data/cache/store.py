@@ -59,7 +59,7 @@ class CacheLimits(msgspec.Struct, frozen=True):
 
 class CachedFile(Generic[R]):
     """One inode. ``valid`` may be read; while ``changing`` is not 0 nothing is added to it. Whoever counts itself in
-    ``users`` keeps it from being evicted."""
+    ``users`` keeps it from being evicted; ``readers`` only let others go first."""
 
     __slots__ = (
         "_quiet",
@@ -71,6 +71,7 @@ class CachedFile(Generic[R]):
         "ino",
         "loaded",
         "loading",
+        "readers",
         "reading",
         "users",
         "valid",
@@ -86,6 +87,7 @@ class CachedFile(Generic[R]):
         self.changing = 0
         self.filling = 0
         self.users = 0
+        self.readers = 0
         self.gone = False
         self.reading = reading
         """What the reader keeps with it."""
@@ -93,7 +95,7 @@ class CachedFile(Generic[R]):
 
     @property
     def busy(self) -> bool:
-        return bool(self.users or self.filling or self.changing)
+        return bool(self.users or self.readers or self.filling or self.changing)
 
     def fillable(self, generation: int) -> bool:
         """Whether bytes that were looked up at ``generation`` are still those of the file."""
@@ -461,7 +463,10 @@ class ContentCache(Generic[R]):
                 if len(usage.oldest) < _SCANNED:
                     # Open files have been used last: only now, the least recently used ones first.
                     sizes = dict(usage.oldest)
-                    await self._evict_some([(ino, sizes[ino]) for ino in [*self._files] if ino in sizes])
+                    opened = [(ino, sizes[ino]) for ino in [*self._files] if ino in sizes]
+                    await self._evict_some(opened)
+                    # A file that is larger than the cache is read and written all the time.
+                    await self._evict_some(opened, hard=True)
                 if self.bytes >= before:
                     break
             if self.bytes > self.limits.size or await asyncio.to_thread(self._directory.free) < self.limits.free:
@@ -470,8 +475,8 @@ class ContentCache(Generic[R]):
         except OSError as error:
             log.warning("cannot remove cache files in %s: %s", self._directory.path, error.strerror)
 
-    async def _evict_some(self, candidates: Sequence[tuple[int, int]]) -> None:
-        """Evict these in their order, down to the target."""
+    async def _evict_some(self, candidates: Sequence[tuple[int, int]], *, hard: bool = False) -> None:
+        """Evict these in their order, down to the target; ``hard``: also while they are being read and filled."""
         for first in range(0, len(candidates), _BATCH):
             chosen: list[CachedFile[R]] = []
             left = self.bytes
@@ -479,7 +484,7 @@ class ContentCache(Generic[R]):
                 if left <= self._target:
                     break
                 file = self._files.get(ino) or CachedFile(ino, self._make_reading())
-                if file.busy or ino in self._removing:
+                if (file.users or file.changing if hard else file.busy) or ino in self._removing:
                     continue
                 self._take_out(file)
                 chosen.append(file)
