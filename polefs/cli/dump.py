@@ -41,10 +41,13 @@ def command(
       polefs dump postgresql://db/polefs --name data data.dump
     """
     from polefs.cli.progress import show_phases
-    from polefs.node.dump import dump_volume
+    from polefs.cli.target import volume_of
+    from polefs.node.dump import SCHEMES, dump_volume
 
+    # Of a mount point the volume, so that it is told what keeps it from being dumped.
+    source = volume if volume.startswith(SCHEMES) else volume_of(volume)
     with _output(file) as stream, show_phases() as show:
-        summary = dump_volume(volume, name, stream, show)
+        summary = dump_volume(source, name, stream, show)
     print_summary("dumped", summary, as_json=as_json, to_stderr=file == "-")
 
 

@@ -7,7 +7,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from tests.mounted.test_cli_mount import Place, place, polefs
+from tests.mounted.test_cli_mount import Place, place, polefs, refused
 
 __all__ = ["place"]
 
@@ -57,6 +57,8 @@ def test_a_loaded_volume_shows_the_same(place: Place) -> None:
     os.mkfifo(root / "fifo")
     os.utime(root / "fifo", ns=(1, 10**15))
     before = seen(root)
+    for target in (root, place.volume):
+        assert f"is mounted on {root}" in refused("dump", str(target), str(place.scratch / "dump"))
     place.umount()
 
     new = place.scratch / "new"
