@@ -46,13 +46,17 @@ def show_phases() -> Iterator[Callable[[Phase], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None, count="")
+        shown = ""
 
         def show(phase: Phase) -> None:
-            count = (
-                str(phase.done) if phase.total is None else f"{format_size(phase.done)} of {format_size(phase.total)}"
-            )
-            progress.update(
-                task, description=phase.name, completed=phase.done, total=phase.total, count=count if phase.done else ""
-            )
+            nonlocal task, shown
+            if phase.name != shown:
+                # A task that has had a total cannot be without one again.
+                progress.remove_task(task)
+                task, shown = progress.add_task(phase.name, total=phase.total, count=""), phase.name
+            count = str(phase.done)
+            if phase.total is not None:
+                count = f"{format_size(phase.done)} of {format_size(phase.total)}"
+            progress.update(task, completed=phase.done, total=phase.total, count=count if phase.done else "")
 
         yield show
