@@ -78,6 +78,14 @@ def _output(file: str) -> Iterator[BinaryIO]:
         except OSError as error:
             raise _failed("the output", error) from error
         return
+    if os.path.exists(file) and not os.path.isfile(file):
+        # A pipe or a device is written to, and never replaced.
+        try:
+            with open(file, "wb") as stream:
+                yield stream
+        except OSError as error:
+            raise _failed(file, error) from error
+        return
     part = f"{file}.part"
     try:
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as stream:
