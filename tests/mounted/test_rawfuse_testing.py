@@ -26,6 +26,8 @@ from rawfuse.testing.watchdog import DeadlineExceeded, Watchdog
 from tests.mounted import limited
 from tests.mounted.targets import STRESS, memory_command
 
+SECONDS = 1800 if STRESS else 120
+
 
 @pytest.fixture
 def server(fuse_mount: FuseMount) -> Server:
@@ -132,7 +134,7 @@ class Outside:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=100,
+            timeout=SECONDS - 20,
         )
         assert (done.returncode == 0) is passes, done.stdout
         return done.stdout
@@ -152,7 +154,7 @@ LIMITED = "acl,allocation,btime,links,mknod,rename-flags,statfs,symlinks,tmpfile
 MEMORY = f"{sys.executable} -m examples.memory {{mountpoint}}"
 
 
-@pytest.mark.deadline(120)
+@pytest.mark.deadline(SECONDS)
 def test_suite_on_a_limited_file_system(outside: Outside) -> None:
     """What it lacks is left out and named, and the rest passes."""
     suite = Path(rawfuse.testing.posix.__file__).parent
