@@ -43,7 +43,8 @@ def test_flags(lists: list[str], flags: int) -> None:
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
-        ("", "off"),
+        ("", "read"),
+        ("passthrough=off", "off"),
         ("ro", "read"),
         ("passthrough=all", "all"),
         ("ro,passthrough=all", "read"),
