@@ -6,7 +6,9 @@ targets and attribute values are bytes, never text.
 
 from __future__ import annotations
 
+import fcntl
 import stat
+from enum import IntEnum
 
 import msgspec
 
@@ -187,3 +189,24 @@ class Usage(msgspec.Struct):
     inodes: int
     bytes_limit: int = 0
     inodes_limit: int = 0
+
+
+LOCK_END = (1 << 63) - 1
+"""The last byte of a lock that goes to the end of the file, wherever that is."""
+
+
+class LockKind(IntEnum):
+    READ = fcntl.F_RDLCK
+    WRITE = fcntl.F_WRLCK
+    FREE = fcntl.F_UNLCK
+
+
+class Lock(msgspec.Struct, frozen=True):
+    """A lock on the bytes ``start`` to ``end``, both included. ``owner`` is the kernel's number for the process or the
+    open file that holds it, ``pid`` the process that asked."""
+
+    owner: int
+    start: int
+    end: int
+    kind: LockKind
+    pid: int = 0
