@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SetAttr, Usage
+from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Lock, Move, Segment, SetAttr, Usage
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -163,6 +163,24 @@ class MetaAPI(Protocol):
     async def close_inodes(self, inos: Sequence[int]) -> None:
         """This session uses these no more. What has lost its last name meanwhile, and is used by nobody any more, is
         removed."""
+        ...
+
+    # Locks
+
+    async def get_lock(self, ino: int, lock: Lock, flock: bool) -> Lock | None:
+        """What is in the way of ``lock``, of flock(2) or of fcntl(2), if anything is. What another session calls its
+        owner and process means nothing here: both are 0 then."""
+        ...
+
+    async def set_lock(self, ino: int, lock: Lock, flock: bool, wait: int = 0) -> None:
+        """Take, change or give back (``FREE``) a lock. EAGAIN when another is in the way and ``wait`` is 0; other
+        numbers wait, and name the wait within the session. EDEADLK when a wait for records would never end, EINTR after
+        ``give_up_lock`` (and when it is cancelled, which may come too late: then the lock is held), ENOLCK when the
+        session has too many, ESTALE when it ends. Changing the kind of a flock(2) lock is not atomic."""
+        ...
+
+    async def give_up_lock(self, wait: int) -> None:
+        """What waits under that name, if it still does, fails with EINTR."""
         ...
 
     # Garbage

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -95,10 +95,38 @@ def _joined(held: list[_Held], new: _Held) -> list[_Held]:
 
 
 class HeldLocks:
-    """What one session holds, as it notes it itself."""
+    """What one session holds, as it knows it itself: never more than it has, for others may have been granted what it
+    has asked to give back."""
 
     def __init__(self) -> None:
         self._files: dict[tuple[int, bool], _File] = {}
+
+    def ask(self, ino: int, lock: Lock, *, flock: bool) -> Callable[[int], None]:
+        """It is going to ask for a lock, or for less of one; returns what is to be called with the errno of the
+        answer."""
+        weaker: list[Lock] = []
+        if lock.kind == LockKind.FREE:
+            self.note(ino, lock, flock=flock)
+        elif flock:
+            # The old one is given back first, whatever becomes of the new one.
+            if self.has(ino, lock.owner, flock=True, but=lock.kind):
+                self.note(ino, Lock(lock.owner, 0, LOCK_END, LockKind.FREE), flock=True)
+        elif lock.kind == LockKind.READ:
+            for each in self._of(ino, lock.owner):
+                start, end = max(each.start, lock.start), min(each.end, lock.end)
+                if each.kind == LockKind.WRITE and start <= end:
+                    weaker.append(Lock(lock.owner, start, end, LockKind.WRITE, each.pid))
+        for part in weaker:
+            self.note(ino, msgspec.structs.replace(part, kind=LockKind.READ), flock=flock)
+
+        def answered(code: int) -> None:
+            if not code:
+                self.note(ino, lock, flock=flock)
+            else:
+                for part in weaker:
+                    self.note(ino, part, flock=flock)
+
+        return answered
 
     def note(self, ino: int, lock: Lock, *, flock: bool) -> None:
         """A lock was taken, changed or given back."""
@@ -110,9 +138,14 @@ class HeldLocks:
         if not file.held:
             del self._files[key]
 
-    def has(self, ino: int, owner: int, *, flock: bool) -> bool:
+    def has(self, ino: int, owner: int, *, flock: bool, but: LockKind = LockKind.FREE) -> bool:
+        """Whether the owner holds anything of another kind than ``but``."""
         file = self._files.get((ino, flock))
-        return file is not None and any(each.owner[1] == owner for each in file.held)
+        return file is not None and any(each.owner[1] == owner and each.kind != but for each in file.held)
+
+    def _of(self, ino: int, owner: int) -> list[_Held]:
+        file = self._files.get((ino, False))
+        return [] if file is None else [each for each in file.held if each.owner[1] == owner]
 
     def all(self) -> list[Told]:
         return [
@@ -154,16 +187,19 @@ class LockTable:
         self._settled.clear()
 
     def tell(self, session: int, locks: Iterable[Told]) -> None:
-        """What an expected session holds, once. EINVAL when it cannot be: then it ought to be ended."""
+        """What an expected session holds, once. ValueError when that cannot be: it ought to be ended then."""
         if session not in self._expected:
-            raise error(errno.EINVAL)
+            raise ValueError("locks are told twice")
         for ino, flock, lock in locks:
             new = _held(session, lock)
             file = self._files.setdefault((ino, flock), _File((ino, flock)))
             if lock.kind == LockKind.FREE or not _is_range(lock) or file.in_the_way(new):
                 self._tidy(file)
-                raise error(errno.EINVAL)
-            self._replace(file, new)
+                raise ValueError("a lock is told that cannot be")
+            try:
+                self._replace(file, new)
+            except OSError:
+                raise ValueError("more locks are told than can be") from None
         self._no_more(session)
 
     def end(self, session: int) -> None:
@@ -179,6 +215,15 @@ class LockTable:
                     self._grant(file)
                     self._tidy(file)
         self._no_more(session)
+
+    def stop(self) -> None:
+        """The service stops: what waits or comes from now on fails with ESTALE, and nothing is granted any more. Nobody
+        may be told: who waits will ask the next one."""
+        self._sessions.clear()
+        self._settled.set()
+        for named in list(self._named.values()):
+            for waiter in list(named.values()):
+                self._refuse(waiter, errno.ESTALE)
 
     def of_session(self, session: int) -> int:
         """How many ranges it holds or waits for."""
@@ -328,6 +373,24 @@ class LockTable:
     def _tidy(self, file: _File) -> None:
         if not file.held and not file.waiters:
             self._files.pop(file.key, None)
+
+
+class SessionLocks:
+    """The locks of one session; without a table, of the only one that there is."""
+
+    def __init__(self, table: LockTable | None = None, session: int = 0) -> None:
+        self._table = LockTable() if table is None else table
+        self._session = session
+        self._table.begin(session)
+
+    async def test(self, ino: int, lock: Lock, flock: bool) -> Lock | None:
+        return await self._table.test(self._session, ino, lock, flock=flock)
+
+    async def set(self, ino: int, lock: Lock, flock: bool, wait: int = 0) -> None:
+        await self._table.set(self._session, ino, lock, flock=flock, wait=wait)
+
+    def give_up(self, wait: int) -> None:
+        self._table.give_up(self._session, wait)
 
 
 def _is_range(lock: Lock) -> bool:

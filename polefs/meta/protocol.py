@@ -3,8 +3,9 @@
 A client begins with ``Hello`` and gets ``Welcome`` or ``Refused``. Then it sends ``Requests``, many operations of
 ``MetaAPI`` in one frame, and gets ``Replies`` in any order. Ids of requests grow by one. A client that lost its
 connection resumes its session and sends again what it has no reply to: the service remembers the replies to changes
-until the client says, by ``Requests.done``, that it has them; so each change is made once. A ``Ping`` renews the lease
-of a session; so does every other frame.
+until the client says, by ``Requests.done``, that it has them; so each change is made once. What may take for ever, as
+a lock that waits, has an id below 0: such a request is in nobody's way, nobody remembers its reply, and it does no harm
+when it is sent again. A ``Ping`` renews the lease of a session; so does every other frame.
 
 Operations are stated once, as the signatures of ``MetaAPI``: ``OPERATIONS`` is read from them.
 """
@@ -18,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from polefs.meta.api import MetaAPI
+from polefs.meta.locks import Told
 
 VERSION: Final = 1
 """The version of the protocol that this software speaks; both ends tell theirs and use the lower one."""
@@ -52,7 +54,7 @@ class Requests(msgspec.Struct, tag=1, array_like=True, frozen=True):
     requests: list[tuple[int, str, msgspec.Raw]]
     """``(id, operation, arguments)``; the arguments are an array in the order of the signature."""
     done: int
-    """The client has the replies to all requests up to this id."""
+    """The client has the replies to all requests up to this id, from 1 on."""
 
 
 class Ping(msgspec.Struct, tag=2, array_like=True, frozen=True):
@@ -94,9 +96,11 @@ class Pong(msgspec.Struct, tag=19, array_like=True, frozen=True):
 
 
 class Uses(msgspec.Struct, tag=4, array_like=True, frozen=True):
-    """The answer to ``Welcome.tell``, before any request: the inodes that the session has open."""
+    """The answer to ``Welcome.tell``, before any request: the inodes that the session has open, and the locks that it
+    holds."""
 
     inos: list[int]
+    locks: list[Told]
 
 
 FromClient = Hello | Requests | Ping | Goodbye | Uses
@@ -110,14 +114,26 @@ decode_from_service: Final = msgspec.msgpack.Decoder(FromService).decode
 _READING = frozenset(
     (
         *("lookup", "list_dir", "list_dir_plus", "read_link", "get_inode", "get_xattr", "list_xattr", "usage"),
-        *("extents", "segments", "dead_segments", "lost_segments", "segment_usage", "segment_extents", "sync"),
+        *(
+            "extents",
+            "segments",
+            "dead_segments",
+            "lost_segments",
+            "segment_usage",
+            "segment_extents",
+            "sync",
+            "get_lock",
+        ),
     )
 )
 
-_HARMLESS = frozenset(("open_inode", "close_inodes", "release_orphans"))
+_HARMLESS = frozenset(("open_inode", "close_inodes", "release_orphans", "set_lock", "give_up_lock"))
 
 _REPEATABLE = frozenset(
-    ("open_inode", "close_inodes", "release_orphans", "touch_atime", "allocate_segments", "forget_segments")
+    (
+        *("open_inode", "close_inodes", "release_orphans", "touch_atime", "allocate_segments", "forget_segments"),
+        *("set_lock", "give_up_lock"),
+    )
 )
 """To be done twice does no harm after a restart of the service; some are several transactions."""
 

@@ -23,7 +23,20 @@ import aiohttp
 import msgspec
 
 from polefs.meta import protocol
-from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SetAttr, Usage
+from polefs.meta.locks import HeldLocks
+from polefs.meta.model import (
+    Caller,
+    DataCommit,
+    Dentry,
+    Extent,
+    Inode,
+    Lock,
+    LockKind,
+    Move,
+    Segment,
+    SetAttr,
+    Usage,
+)
 from polefs.meta.protocol import Goodbye, Hello, Ping, Pong, Refused, Replies, Requests, Uses, Welcome
 
 log = logging.getLogger(__name__)
@@ -39,12 +52,20 @@ _FRAME: Final = protocol.FRAME_MAX // 2
 
 
 class _Pending:
-    __slots__ = ("arguments", "operation", "reply")
+    __slots__ = ("arguments", "note", "operation", "reply")
 
-    def __init__(self, operation: protocol.Operation, arguments: msgspec.Raw, reply: asyncio.Future[Any]) -> None:
+    def __init__(
+        self,
+        operation: protocol.Operation,
+        arguments: msgspec.Raw,
+        reply: asyncio.Future[Any],
+        note: Callable[[int], None] | None,
+    ) -> None:
+        """``note`` gets the errno of the reply, before anything that comes later."""
         self.operation = operation
         self.arguments = arguments
         self.reply = reply
+        self.note = note
 
 
 class RemoteMeta:
@@ -64,12 +85,17 @@ class RemoteMeta:
         self._next = 1
         self._pending: dict[int, _Pending] = {}
         """By id, ascending: what has no reply yet."""
+        self._waits: dict[int, _Pending] = {}
+        """By id: locks that wait."""
         self._outgoing: list[int] = []
         self._flushing = False
         self._wanted = asyncio.Event()
         self._connected = asyncio.Event()
+        self._again: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when there is another connection, or none any more."""
         self._uses: set[int] = set()
         """The inodes that this session has open."""
+        self._held = HeldLocks()
         self._tell = False
         self._lease = 0.0
         self._valid_until = 0.0
@@ -173,8 +199,11 @@ class RemoteMeta:
         """The session is over: fail what was under way."""
         self._outgoing.clear()
         self._uses.clear()
-        pending, self._pending = self._pending, {}
-        for each in pending.values():
+        self._held.clear()
+        lost = [*self._pending.values(), *self._waits.values()]
+        self._pending = {}
+        self._waits = {}
+        for each in lost:
             if not each.reply.done():
                 each.reply.set_exception(OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
         self._on_lost()
@@ -207,12 +236,16 @@ class RemoteMeta:
     async def _converse(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         """Send and receive until the connection ends."""
         self._socket = socket
-        self._outgoing = list(self._pending)
+        self._outgoing = [*self._pending, *self._waits]
+        self._again.set_result(None)
+        self._again = asyncio.get_running_loop().create_future()
         self._wanted.set()
         self._connected.set()
-        sending = asyncio.get_running_loop().create_task(self._send(socket))
-        pinging = asyncio.get_running_loop().create_task(self._renew())
+        tasks: list[asyncio.Task[None]] = []
         try:
+            if self._tell:
+                await socket.send_bytes(protocol.encode(Uses(list(self._uses), self._held.all())))
+            tasks = [asyncio.create_task(self._send(socket)), asyncio.create_task(self._renew())]
             while (message := await self._receive(socket)) is not None:
                 match message:
                     case Replies(replies):
@@ -230,15 +263,16 @@ class RemoteMeta:
             if self._failure is None:
                 self._connected.clear()
             self._socket = None
-            for task in (sending, pinging):
+            for task in tasks:
                 task.cancel()
-            await asyncio.wait([sending, pinging])
+            if tasks:
+                await asyncio.wait(tasks)
             await socket.close()
 
     async def _come_back(self) -> aiohttp.ClientWebSocketResponse | None:
         pause = _FIRST_PAUSE
         while True:
-            if self._pending and _now() > self._valid_until:
+            if (self._pending or self._waits) and _now() > self._valid_until:
                 # The service has ended the session by now, or it will before it knows of us again.
                 self._hello = msgspec.structs.replace(self._hello, session=0, secret=b"")
                 self._lose()
@@ -255,8 +289,6 @@ class RemoteMeta:
 
     async def _send(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         try:
-            if self._tell:
-                await socket.send_bytes(protocol.encode(Uses(list(self._uses))))
             while True:
                 await self._wanted.wait()
                 self._wanted.clear()
@@ -269,7 +301,7 @@ class RemoteMeta:
         requests: list[tuple[int, str, msgspec.Raw]] = []
         size = taken = 0
         for taken, id_ in enumerate(self._outgoing):  # noqa: B007 - how many, when it breaks off
-            pending = self._pending.get(id_)
+            pending = self._pending.get(id_) or self._waits.get(id_)
             if pending is None:
                 continue
             if len(requests) == protocol.BATCH_MAX or (requests and size + len(pending.arguments) > _FRAME):
@@ -297,8 +329,12 @@ class RemoteMeta:
 
     def _take(self, replies: list[tuple[int, int, msgspec.Raw]]) -> None:
         for id_, code, result in replies:
-            pending = self._pending.pop(id_, None)
-            if pending is None or pending.reply.done():
+            pending = (self._pending if id_ > 0 else self._waits).pop(id_, None)
+            if pending is None:
+                continue
+            if pending.note is not None:
+                pending.note(code)
+            if pending.reply.done():
                 continue
             if code:
                 text: str = msgspec.msgpack.decode(result, type=str)
@@ -309,6 +345,10 @@ class RemoteMeta:
     # Asking
 
     async def _call(self, name: str, *arguments: Any) -> Any:
+        return await self._ask(name, *arguments)
+
+    async def _ask(self, name: str, *arguments: Any, note: Callable[[int], None] | None = None, wait: int = 0) -> Any:
+        """``wait``: it may take for ever, under that name."""
         encoded = msgspec.Raw(protocol.encode(arguments))
         if len(encoded) > protocol.FRAME_MAX - 1024:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
@@ -317,10 +357,14 @@ class RemoteMeta:
         if self._failure is not None:
             raise OSError(self._failure.errno, self._failure.strerror)
         loop = asyncio.get_running_loop()
-        pending = _Pending(protocol.OPERATIONS[name], encoded, loop.create_future())
-        self._pending[self._next] = pending
-        self._outgoing.append(self._next)
-        self._next += 1
+        pending = _Pending(protocol.OPERATIONS[name], encoded, loop.create_future(), note)
+        if wait:
+            self._waits[-wait] = pending
+            self._outgoing.append(-wait)
+        else:
+            self._pending[self._next] = pending
+            self._outgoing.append(self._next)
+            self._next += 1
         if not self._flushing:
             self._flushing = True
             loop.call_soon(self.end_turn)
@@ -464,6 +508,32 @@ class RemoteMeta:
 
     async def release_orphans(self, inos: Sequence[int]) -> None:
         await self._call("release_orphans", inos)
+
+    async def get_lock(self, ino: int, lock: Lock, flock: bool) -> Lock | None:
+        found: Lock | None = await self._call("get_lock", ino, lock, flock)
+        return found
+
+    async def set_lock(self, ino: int, lock: Lock, flock: bool, wait: int = 0) -> None:
+        """As in ``MetaAPI``. The name of a wait must be above 0, and new in this client. A wait that is cancelled is
+        given up before this ends; when it is granted all the same, this returns as if nobody had cancelled it."""
+        if lock.kind == LockKind.FREE and not self._held.has(ino, lock.owner, flock=flock):
+            return
+        note = self._held.ask(ino, lock, flock=flock)
+        asked = asyncio.ensure_future(self._ask("set_lock", ino, lock, flock, wait, note=note, wait=wait))
+        try:
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            if not wait or asked.cancelled():
+                raise
+            while not asked.done():
+                again = self._again
+                await self.give_up_lock(wait)
+                # It may have got its answer on a connection that was lost: then it is asked, and waits, once more.
+                await asyncio.wait([asked, again], return_when=asyncio.FIRST_COMPLETED)
+            await asked
+
+    async def give_up_lock(self, wait: int) -> None:
+        await self._call("give_up_lock", wait)
 
     async def dead_segments(self, grace: int, after: int, limit: int) -> list[int]:
         found: list[int] = await self._call("dead_segments", grace, after, limit)

@@ -117,7 +117,7 @@ class _Client:
         if len(batch.requests) > protocol.BATCH_MAX:
             raise ValueError("too many requests in one frame")
         for id_, name, arguments in batch.requests:
-            if id_ <= session.confirmed or id_ in self._running:
+            if 0 <= id_ <= session.confirmed or id_ in self._running:
                 continue
             answered = self._replies.get(id_)
             if answered is not None:
@@ -128,6 +128,8 @@ class _Client:
                 raise ValueError(f"there is no operation {name!r}")
             if len(self._running) + len(self._replies) >= protocol.IN_FLIGHT_MAX:
                 raise ValueError("too many requests without a confirmed reply")
+            if id_ < 0 and operation.once:
+                raise ValueError(f"operation {name} has an id that nobody remembers")
             values = operation.arguments.decode(arguments)
             self._running[id_] = asyncio.get_running_loop().create_task(self._execute(id_, operation, values))
 
@@ -151,7 +153,7 @@ class _Client:
             log.exception("operation %s failed", operation.name)
             code, result = errno.EIO, msgspec.Raw(protocol.encode(os.strerror(errno.EIO)))
         del self._running[id_]
-        if not operation.reads:
+        if not operation.reads and id_ > 0:
             self._replies[id_] = (code, result)
         self._reply(id_, code, result)
 
@@ -187,6 +189,9 @@ class MetaServer:
                 client.timer.cancel()
             if client.connection is not None:
                 await client.connection.close()
+        for volume in self._volumes.values():
+            volume.sessions.locks.stop()
+        for client in self._clients.values():
             await client.finished()
         for task in list(self._ending):
             task.cancel()
@@ -212,6 +217,8 @@ class MetaServer:
         if client.timer is not None:
             client.timer.cancel()
         client.session.ended = True
+        # Those that wait would do so for ever.
+        self._volumes[volume].sessions.locks.end(client.session.id)
         self._clients.pop((volume, client.session.id), None)
         task = asyncio.get_running_loop().create_task(self._end(volume, client))
         self._ending.add(task)
@@ -273,16 +280,19 @@ class MetaServer:
         while (message := await _next(socket)) is not None:
             if client.session.ended or client.connection is not connection:
                 return
+            if isinstance(message, Uses):
+                if not sessions.knows_holding(client.session):
+                    await sessions.tell_holding(client.session, message.inos, message.locks)
+            elif not sessions.knows_holding(client.session):
+                raise ValueError("it does not say what it uses")
             self._renew(volume, client)
             match message:
                 case Requests():
                     client.take(message)
                 case Ping(number):
                     connection.say(Pong(number))
-                case Uses(inos):
-                    if not sessions.knows_holding(client.session):
-                        await sessions.tell_holding(client.session, inos)
                 case Goodbye():
+                    sessions.locks.end(client.session.id)
                     await client.finished()
                     client.connection = None
                     await self._begin_end(volume, client)
@@ -311,7 +321,8 @@ class MetaServer:
             )
         )
         before, client.connection = client.connection, connection
-        self._renew(hello.volume, client)
+        if sessions.knows_holding(session):
+            self._renew(hello.volume, client)
         if before is not None:
             await before.close()
         return client

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from polefs.meta import attributes, contents, namespace
 from polefs.meta.errors import error
 from polefs.meta.holding import Holding
+from polefs.meta.locks import SessionLocks
 from polefs.meta.model import Caller, DataCommit, Dentry, Extent, Inode, Move, Segment, SessionRow, SetAttr, Usage
 from polefs.meta.store.base import Reader, Store, Transaction
 
@@ -26,8 +27,11 @@ class MetaService:
     """Implements ``api.MetaAPI``. The only user of a volume calls ``start`` before the first request and ``close`` at
     the end; sessions that share one (``sessions.Sessions``) do neither, and tell what they hold."""
 
-    def __init__(self, store: Store, holding: Holding | None = None) -> None:
+    def __init__(self, store: Store, holding: Holding | None = None, locks: SessionLocks | None = None) -> None:
         self._store = store
+        self._locks = SessionLocks() if locks is None else locks
+        self.get_lock = self._locks.test
+        self.set_lock = self._locks.set
         self._holding = holding
         self._read = store.read
         self._write = store.write
@@ -171,6 +175,11 @@ class MetaService:
         nameless = await self._read(_nameless, inos)
         if nameless:
             await self.release_orphans(nameless)
+
+    # Locks
+
+    async def give_up_lock(self, wait: int) -> None:
+        self._locks.give_up(wait)
 
     # Garbage
 

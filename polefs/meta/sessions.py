@@ -20,6 +20,7 @@ import msgspec
 
 from polefs.meta.errors import error
 from polefs.meta.holding import Holders, Holding
+from polefs.meta.locks import LockTable, SessionLocks, Told
 from polefs.meta.model import SessionRow
 from polefs.meta.service import MetaService
 from polefs.meta.store.base import SOLE, Reader, Session, Store, Transaction
@@ -58,7 +59,7 @@ class ClientSession:
         self.read = store.read
         self.sync = store.sync
         self.end_turn = store.end_turn
-        self.meta = MetaService(self, self.holding)
+        self.meta = MetaService(self, self.holding, SessionLocks(sessions.locks, row.id))
 
     async def write(
         self, body: Callable[Concatenate[Transaction, P], Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -95,6 +96,7 @@ class Sessions:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.holders = Holders()
+        self.locks = LockTable()
         self._sessions: dict[int, ClientSession] = {}
         self._untold: set[int] = set()
         """Sessions from before a restart of the service that have not yet told what they use: perhaps everything."""
@@ -105,6 +107,7 @@ class Sessions:
         for row in rows:
             self._sessions[row.id] = ClientSession(self, row, self.store)
             self._untold.add(row.id)
+            self.locks.expect(row.id)
         await self._release(lambda ino, session: session not in self._sessions)
         return list(self._sessions.values())
 
@@ -115,8 +118,10 @@ class Sessions:
     def knows_holding(self, session: ClientSession) -> bool:
         return session.id not in self._untold
 
-    async def tell_holding(self, session: ClientSession, inos: Iterable[int]) -> None:
-        """After a restart of the service: what the session uses, and nothing else."""
+    async def tell_holding(self, session: ClientSession, inos: Iterable[int], locks: Iterable[Told]) -> None:
+        """After a restart of the service: what the session uses, and the locks that it holds, and nothing else.
+        ValueError for locks that it cannot have."""
+        self.locks.tell(session.id, locks)
         for ino in inos:
             session.holding.add(ino)
         self._untold.discard(session.id)
@@ -145,6 +150,7 @@ class Sessions:
         session.ended = True
         self._sessions.pop(session.id, None)
         self._untold.discard(session.id)
+        self.locks.end(session.id)
         for ino in list(session.holding.inos):
             session.holding.discard(ino)
         await self._release(lambda ino, each: each == session.id)

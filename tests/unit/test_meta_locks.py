@@ -312,8 +312,30 @@ async def test_what_is_told_twice_or_against_others_counts_for_nothing(
     one: Client, two: Client, table: LockTable
 ) -> None:
     await one.record(WRITE)
-    with fails(errno.EINVAL):
-        table.tell(2, [(FILE, False, Lock(1, 0, 0, WRITE))])
+    with pytest.raises(ValueError):
+        table.tell(2, [])
+    table.expect(2)
+    for told in (Lock(1, 0, 0, WRITE), Lock(1, 0, 0, FREE), Lock(1, 2, 1, READ)):
+        with pytest.raises(ValueError):
+            table.tell(2, [(FILE, False, told)])
+
+
+def test_what_a_session_asks_to_give_back_it_does_not_claim() -> None:
+    held = HeldLocks()
+    held.ask(FILE, Lock(1, 0, 9, WRITE, 5), flock=False)(0)
+    answered = held.ask(FILE, Lock(1, 5, 14, READ, 5), flock=False)
+    weaker = [(FILE, False, Lock(1, 0, 4, WRITE, 5)), (FILE, False, Lock(1, 5, 9, READ, 5))]
+    assert held.all() == weaker
+    answered(errno.EAGAIN)
+    assert held.all() == [(FILE, False, Lock(1, 0, 9, WRITE, 5))]
+    held.ask(FILE, Lock(1, 5, 14, READ, 5), flock=False)(0)
+    assert held.all() == [weaker[0], (FILE, False, Lock(1, 5, 14, READ, 5))]
+    answered = held.ask(FILE, Lock(1, 0, LOCK_END, FREE, 5), flock=False)
+    assert not held.all()
+    answered(0)
+    held.ask(FILE, Lock(1, 0, LOCK_END, READ, 5), flock=True)(0)
+    held.ask(FILE, Lock(1, 0, LOCK_END, WRITE, 5), flock=True)(errno.EAGAIN)
+    assert not held.all()
 
 
 @on_a_loop
