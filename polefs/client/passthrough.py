@@ -36,6 +36,10 @@ LEAST_READ: Final = 128 << 10
 """Smaller files are not passed through for reading while the volume can be written to, bytes: they come from the
 kernel's page cache just as fast, and their cache files stay closed."""
 
+MOST_READ: Final = 2 << 30
+"""Larger files are not passed through for reading either while the volume can be written to, bytes: who opens one for
+writing that others have open in passthrough waits until it has been read."""
+
 MOST_COMPARED: Final = 32 << 20
 """Larger files that exist are not passed through for writing, bytes: to see later what has changed in one it has to be
 read before."""
@@ -176,7 +180,7 @@ class PassthroughFileSystem(PoleFileSystem):
         if self._direct.find(inode.ino) is not None:
             return True
         if not writing:
-            return self._read_only or inode.size >= LEAST_READ
+            return self._read_only or LEAST_READ <= inode.size <= MOST_READ
         return (
             LEAST_READ <= inode.size <= MOST_COMPARED
             and self._direct.room

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import itertools
 import os
 import random
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
 
+from polefs.data.budget import MemoryBudget
 from polefs.data.cache import directory as directory_module
 from polefs.data.cache.directory import BLOCK, CacheDirectory
+from polefs.data.cache.neighbours import Neighbours
 from polefs.data.cache.rangeset import RangeSet
 from polefs.data.cache.reader import CachedContents
 from polefs.data.cache.store import CacheLimits
@@ -454,6 +458,42 @@ def test_small_neighbours_come_together(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
+def test_what_neighbours_have_dropped_takes_no_memory() -> None:
+    """Not even for as long as it would have been kept."""
+
+    class Part(bytearray):
+        pass
+
+    class Table:
+        size = 1 << 30
+
+    class Segments:
+        parts: ClassVar[list[weakref.ref[Part]]] = []
+
+        async def table(self, segment: int) -> Table:
+            return Table()
+
+        async def read(self, segment: int, start: int, end: int) -> list[Part]:
+            part = Part(end - start)
+            self.parts.append(weakref.ref(part))
+            return [part]
+
+    async def work() -> None:
+        segments = Segments()
+        budget = MemoryBudget(256 * MIB)
+        neighbours = Neighbours(segments, budget)  # type: ignore[arg-type]
+        for segment in range(40):
+            for start in range(0, 5 * 4096, 4096):
+                await neighbours.read(segment, start, start + 4096)
+        await asyncio.sleep(0)
+        gc.collect()
+        kept = [part for ref in segments.parts if (part := ref()) is not None and len(part) > 4096]
+        assert 4 <= len(kept) <= 16
+        neighbours.close()
+
+    asyncio.run(work())
+
+
 def test_closing_waits_for_no_answer(tmp_path: Path) -> None:
     """Nobody is there who would want what is still being fetched ahead."""
 
@@ -858,7 +898,7 @@ def test_a_file_that_is_being_read_goes_last(tmp_path: Path) -> None:
     run(tmp_path, work)
 
 
-def test_what_is_more_than_the_cache_can_hold_is_not_kept(tmp_path: Path) -> None:
+def test_what_is_too_much_for_the_cache_is_not_kept(tmp_path: Path) -> None:
     async def work(volume: Volume, gate: Gate) -> None:
         inos = [await volume.make(name) for name in (b"a", b"b", b"c")]
         for ino, size in zip(inos, (MIB, 5 * MIB, MIB), strict=True):
@@ -867,7 +907,28 @@ def test_what_is_more_than_the_cache_can_hold_is_not_kept(tmp_path: Path) -> Non
         await volume.files.flush()
         assert cache_files(tmp_path) == [inos[0], inos[2]]
 
-    run(tmp_path, work, CacheLimits(size=4 * MIB, free=0))
+    run(tmp_path, work, CacheLimits(size=16 * MIB, free=0))
+
+
+def test_nothing_is_kept_while_the_cache_is_too_large(tmp_path: Path) -> None:
+    """What fills it is in use, and cannot make room."""
+
+    async def work(volume: Volume, gate: Gate) -> None:
+        first = await write(volume, b"a", os.urandom(MIB))
+        await volume.read(first)
+        await landed(volume)
+        cache = cached(volume).cache
+        file = cache.find(first)
+        assert file is not None
+        file.users += 1
+        cache.limits = CacheLimits(size=MIB // 2, free=0)
+        second = await volume.make(b"b")
+        await volume.write(second, 0, bytes(100_000))
+        await volume.files.flush()
+        assert cache_files(tmp_path) == [first]
+        file.users -= 1
+
+    run(tmp_path, work)
 
 
 def test_room_that_others_need_is_left(tmp_path: Path) -> None:

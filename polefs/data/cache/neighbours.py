@@ -7,6 +7,7 @@ while, and so is the next one when they come to its end. Segments never change, 
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections import OrderedDict
 from typing import Final
 
@@ -29,7 +30,7 @@ _TINY: Final = 256 << 10
 _NOTED: Final = 256
 """Regions whose reads are counted."""
 
-_KEPT: Final = 4
+_KEPT: Final = 12
 _LINGER: Final = 10.0
 """Regions kept at a time, and for how long, seconds."""
 
@@ -63,6 +64,8 @@ class Neighbours:
             if following not in self._regions and following not in self._counts:
                 self._counts[following] = _AFTER
                 self._fetch(following)
+        if key in self._regions:
+            self._regions.move_to_end(key)
         await asyncio.wait([region])
         return cut(region.result(), base, start, end)
 
@@ -89,7 +92,12 @@ class Neighbours:
         if region.cancelled() or region.exception() is not None:
             self._drop(key, region)
         else:
-            asyncio.get_running_loop().call_later(_LINGER, self._drop, key, region)
+            # A weak reference: what has been dropped before is not kept until then.
+            asyncio.get_running_loop().call_later(_LINGER, self._expire, key, weakref.ref(region))
+
+    def _expire(self, key: _Key, region: weakref.ref[asyncio.Task[list[Buffer]]]) -> None:
+        if (expired := region()) is not None:
+            self._drop(key, expired)
 
     def _drop(self, key: _Key, region: asyncio.Task[list[Buffer]] | None = None) -> None:
         """Keep a region no longer; ``region``: only when it is this one."""

@@ -46,6 +46,9 @@ _BATCH: Final = 256
 _KEEP: Final = 0.95
 """What is left of the limit after eviction."""
 
+_KEPT_SHARE: Final = 4
+"""What has been written back is kept up to this part of the limit at a time: a bigger file would drive out all else."""
+
 _PAUSE: Final = 10.0
 """Nothing is cached for this time after a failure to do so, seconds."""
 
@@ -309,7 +312,9 @@ class ContentCache(Generic[R]):
     async def keep(self, contents: Sequence[tuple[int, Sequence[DataPiece], int]]) -> None:
         """``(ino, pieces, size)`` of files: these pieces are their committed contents now. What fails costs the cache
         these bytes and is no error, and so does what is more than it can hold."""
-        room = self.limits.size
+        if self.bytes > self.limits.size:
+            return  # what is there cannot be removed yet
+        room = self.limits.size // _KEPT_SHARE
         fitting = []
         for each in contents:
             length = sum(end - start for start, end, _ in each[1])
