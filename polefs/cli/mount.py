@@ -76,8 +76,8 @@ def command(
     Durations are like 90s, 5m or 1h; a store_timeout of 0 is for ever. A volume in a bucket that is out of reach is
     mounted all the same.
 
-    Only volumes in a bucket have a cache. Files that are cached as a whole are read by the kernel itself; with
-    passthrough=all new files are written by it too, with passthrough=off neither.
+    Only volumes in a bucket have a cache. With passthrough=read files that are cached as a whole are read by the
+    kernel itself, which is so by default on read-only mounts; with passthrough=all new files are written by it too.
 
     The passphrase of an encrypted volume is asked for when there is neither a key file nor $POLEFS_PASSPHRASE.
 

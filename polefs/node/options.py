@@ -73,7 +73,7 @@ class MountRequest(msgspec.Struct, kw_only=True):
             return "off"
         if self.read_only:
             return "off" if self.passthrough == "off" else "read"
-        return self.passthrough or "read"
+        return self.passthrough or "off"
 
     @property
     def atime(self) -> AtimePolicy:

@@ -43,8 +43,8 @@ def test_flags(lists: list[str], flags: int) -> None:
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
-        ("", "read"),
-        ("passthrough=off", "off"),
+        ("", "off"),
+        ("passthrough=read", "read"),
         ("ro", "read"),
         ("passthrough=all", "all"),
         ("ro,passthrough=all", "read"),
