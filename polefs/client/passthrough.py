@@ -65,6 +65,8 @@ class PassthroughFileSystem(PoleFileSystem):
     inode's attributes anew."""
 
     features = PoleFileSystem.features | InitFlag.PASSTHROUGH
+    # With it the kernel sends no SETATTR for O_TRUNC, and leaves to OPEN what is done in one place.
+    unwanted = PoleFileSystem.unwanted | InitFlag.ATOMIC_O_TRUNC
 
     def __init__(
         self,

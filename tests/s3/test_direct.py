@@ -369,3 +369,17 @@ def test_the_cache_can_be_shrunk_beside_it(volume: S3Volume, path: Path) -> None
     flush(volume)
     ask(volume, control.ShrinkCache(0))
     assert path.read_bytes() == b"again" + data[5:]
+
+
+@pytest.mark.parametrize("mode", ["off", "read", "all"])
+def test_a_file_that_is_opened_to_be_written_anew(make_volume: MakeVolume, mode: str) -> None:
+    """O_TRUNC takes all that was there away, whoever serves the file."""
+    volume = make_volume(mount=("-o", f"passthrough={mode}"))
+    volume.start()
+    path = volume.root / "f"
+    for size in (300_000, 200_000, 5, 140_000, 0):
+        contents = os.urandom(size)
+        path.write_bytes(contents)
+        assert path.read_bytes() == contents
+        polefs("flush", volume.root)
+        assert path.read_bytes() == contents
